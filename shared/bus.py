@@ -1,0 +1,243 @@
+"""Connection to NATS: connects and reconnects without giving up, publishes durably, claims, asks, answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js import JetStreamContext
+
+from shared import codec, streams, subjects
+from shared import messages as m
+from shared.errors import BusUnavailable, Overloaded
+from shared.settings import Settings
+
+T = TypeVar("T")
+Handler = Callable[[Msg], Awaitable[None]]
+
+_WRONG_LAST_SEQUENCE = 10071
+_QUEUE_FULL = 10077
+_RETRY_S = 0.25
+
+
+class Log(Protocol):
+    """What the bus needs of a logger."""
+
+    def info(self, event: str, **fields: Any) -> Any: ...
+    def warning(self, event: str, **fields: Any) -> Any: ...
+
+
+class Bus:
+    """One NATS connection of one process. Make it with `connect`."""
+
+    def __init__(self, nc: Client, log: Log | None) -> None:
+        self.nc = nc
+        self.js: JetStreamContext = nc.jetstream(timeout=5)
+        self._log = log
+        self._on_reconnect: list[Callable[[], None]] = []
+
+    @classmethod
+    async def connect(cls, settings: Settings, name: str, log: Log | None = None, *, wait: bool = True) -> Bus:
+        """Connect; with `wait`, keep trying until a server is there.
+
+        Raises:
+            BusUnavailable: no server, when not told to wait.
+        """
+        nc = Client()
+        bus = cls(nc, log)
+        waiting = False
+
+        async def on_error(error: Exception) -> None:
+            nonlocal waiting
+            if log and not nc.is_connected and not waiting:
+                waiting = True
+                log.warning("waiting_for_broker", url=_without_password(settings.nats_url), error=str(error))
+            elif log and nc.is_connected:
+                log.warning("bus_error", error=str(error) or type(error).__name__)
+
+        async def on_reconnect() -> None:
+            nonlocal waiting
+            waiting = False
+            if log:
+                log.info("broker_reconnected")
+            for callback in bus._on_reconnect:
+                callback()
+
+        options: dict[str, Any] = {"user_credentials": settings.nats_creds} if settings.nats_creds else {}
+        try:
+            await nc.connect(
+                servers=[url.strip() for url in settings.nats_url.split(",")],
+                name=name,
+                error_cb=on_error,
+                reconnected_cb=on_reconnect,
+                max_reconnect_attempts=-1 if wait else 1,
+                reconnect_time_wait=_RETRY_S,  # type: ignore[arg-type]
+                allow_reconnect=wait,
+                connect_timeout=2,
+                ping_interval=5,
+                **options,
+            )
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            raise BusUnavailable(
+                f"No NATS server answers at {_without_password(settings.nats_url)} ({error}).",
+                "Start the system with `calm up`, or set CALM_NATS_URL.",
+            ) from None
+        return bus
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call back after every reconnection (with the broker's memory buckets possibly empty)."""
+        self._on_reconnect.append(callback)
+
+    async def ensure(self) -> None:
+        """Create streams and buckets, waiting for JetStream to be ready."""
+        while True:
+            try:
+                await streams.ensure(self.js)
+            except (TimeoutError, nats.errors.Error) as error:
+                if self._log:
+                    self._log.warning("waiting_for_jetstream", error=str(error) or type(error).__name__)
+                await asyncio.sleep(_RETRY_S)  # no event announces that JetStream is up
+            else:
+                return
+
+    async def close(self) -> None:
+        """Flush what is buffered and close, within 2 s."""
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+            await asyncio.wait_for(self.nc.flush(), 2)
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+            await asyncio.wait_for(self.nc.close(), 2)
+
+    # --- sending ---
+
+    async def publish(self, subject: str, message: msgspec.Struct, *, msg_id: str = "") -> int:
+        """Publish durably and return the stream sequence; retried until the broker has it.
+
+        With `msg_id` the broker drops repetitions, so a retry never doubles.
+
+        Raises:
+            Overloaded: the queue behind the subject is full.
+            BusUnavailable: no stream takes the subject.
+        """
+        data = codec.pack(message)
+        headers = {"Nats-Msg-Id": msg_id or uuid.uuid4().hex}
+        return await self._publish(subject, data, headers)
+
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> int:
+        while True:
+            try:
+                ack = await self.js.publish(subject, data, headers=dict(headers))
+            except nats.js.errors.NoStreamResponseError:
+                await self.ensure()
+            except (nats.errors.TimeoutError, nats.errors.OutboundBufferLimitError,
+                    nats.js.errors.ServiceUnavailableError, nats.errors.ConnectionReconnectingError):  # fmt: skip
+                await asyncio.sleep(_RETRY_S)  # the broker is away; the message id makes the retry harmless
+            except nats.js.errors.APIError as error:
+                if error.err_code == _QUEUE_FULL:
+                    raise Overloaded("The queue is full.", "Try again later, or add workers.") from None
+                raise
+            else:
+                return ack.seq
+
+    async def claim(self, done: m.Done) -> bool:
+        """Record how a query ended, unless that is already recorded. True when this call was the first.
+
+        The broker accepts one message per `calm.done.<query_id>`: the one claim that wins is the one
+        final answer. A claim repeated because its acknowledgement was lost is still won.
+        """
+        headers = {
+            "Nats-Expected-Last-Subject-Sequence": "0",
+            "Nats-Msg-Id": f"{done.query_id}-done-{uuid.uuid4().hex}",
+        }
+        try:
+            await self._publish(subjects.done(done.query_id), codec.pack(done), headers)
+        except nats.js.errors.APIError as error:
+            if error.err_code == _WRONG_LAST_SEQUENCE:
+                return False
+            raise
+        return True
+
+    async def claimed(self, query_id: str) -> m.Done | None:
+        """How a query ended, or None while it has not."""
+        try:
+            raw = await self.js.get_last_msg(subjects.STREAM_DONE, subjects.done(query_id), direct=True)
+        except nats.js.errors.NotFoundError:
+            return None
+        return codec.unpack(raw.data or b"", m.Done)
+
+    async def finish(self, done: m.Done, *, resend: bool = False) -> bool:
+        """Claim the end of a query and, when the claim is won, send the client its final message.
+
+        With `resend` (the input was delivered before, so an earlier holder may have died between
+        claiming and sending) the recorded end is sent again: the same message, never another one.
+        """
+        won = await self.claim(done)
+        final = done if won else (await self.claimed(done.query_id) if resend else None)
+        if final is not None and final.reply:
+            message = final.answer or final.failure
+            if message is not None:
+                await self.reply(final.reply, message, final.encoding)
+        return won
+
+    async def reply(self, inbox: str, message: msgspec.Struct, encoding: str) -> None:
+        """Send a public message to a client's inbox."""
+        await self.nc.publish(inbox, codec.encode_public(message, encoding))
+
+    async def send(self, subject: str, message: msgspec.Struct) -> None:
+        """Publish without acknowledgement (telemetry, symptoms)."""
+        with contextlib.suppress(nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError):
+            await self.nc.publish(subject, codec.pack(message))
+
+    async def dead(self, subject: str, payload: bytes, reason: str, *, service: str, at: float) -> None:
+        """Keep a message that was given up in `calm.dead`."""
+        await self.publish(
+            subjects.DEAD, m.Dead(subject=subject, reason=reason, payload=payload, service=service, at=at)
+        )
+
+    async def ask(self, subject: str, message: msgspec.Struct, kind: type[T], timeout_s: float) -> T:
+        """Request and reply between services (MessagePack).
+
+        Raises:
+            BusUnavailable: nobody listens, or no reply within `timeout_s`.
+        """
+        try:
+            reply = await self.nc.request(subject, codec.pack(message), timeout=timeout_s)
+        except nats.errors.NoRespondersError:
+            raise BusUnavailable(f"Nobody listens on {subject}.", "Is the system up? See `calm up`.") from None
+        except (TimeoutError, nats.errors.TimeoutError):
+            raise BusUnavailable(f"No reply on {subject} within {timeout_s:g} s.", "See `calm status`.") from None
+        return codec.unpack(reply.data, kind)
+
+    # --- receiving ---
+
+    async def subscribe(self, subject: str, handler: Handler, queue: str = "") -> Subscription:
+        """Call `handler` for each message, in order and one at a time."""
+        return await self.nc.subscribe(subject, queue=queue, cb=handler)
+
+    async def kv_all(self, bucket: str) -> dict[str, bytes]:
+        """Every live key of a bucket with its value."""
+        prefix = subjects.kv(bucket, "")
+        info = await self.js.stream_info(f"KV_{bucket}", subjects_filter=f"{prefix}>")
+        values: dict[str, bytes] = {}
+        for subject in info.state.subjects or {}:
+            with contextlib.suppress(nats.js.errors.NotFoundError):  # expired meanwhile
+                raw = await self.js.get_last_msg(f"KV_{bucket}", subject, direct=True)
+                if not (raw.headers or {}).get("KV-Operation"):
+                    values[subject.removeprefix(prefix)] = raw.data or b""
+        return values
+
+    async def kv_put(self, bucket: str, key: str, message: msgspec.Struct) -> None:
+        await self.js.publish(subjects.kv(bucket, key), codec.pack(message))
+
+
+def _without_password(url: str) -> str:
+    return url.rsplit("@", maxsplit=1)[-1] if "@" in url else url

@@ -1,0 +1,101 @@
+"""Encoding of messages: JSON for people, MessagePack between services."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from shared import messages as m
+from shared.errors import CalmError, InvalidQuery
+
+T = TypeVar("T")
+
+CONTENT_TYPE = "Content-Type"
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+
+_pack = msgspec.msgpack.Encoder().encode
+_json = msgspec.json.Encoder().encode
+
+
+@cache
+def _unpacker(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(kind)
+
+
+@cache
+def _json_decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+def pack(message: msgspec.Struct) -> bytes:
+    """Encode for another service (MessagePack)."""
+    return _pack(message)
+
+
+def unpack(data: bytes, kind: type[T]) -> T:
+    """Decode what a service sent. Raises msgspec.ValidationError or msgspec.DecodeError."""
+    result: T = _unpacker(cast("Any", kind)).decode(data)
+    return result
+
+
+def to_json(message: Any) -> bytes:
+    return _json(message)
+
+
+def from_json(data: bytes, kind: type[T]) -> T:
+    """Decode JSON. Raises msgspec.ValidationError or msgspec.DecodeError."""
+    result: T = _json_decoder(cast("Any", kind)).decode(data)
+    return result
+
+
+def encode_public(message: msgspec.Struct, encoding: str) -> bytes:
+    """Encode for a client, in the encoding it used itself."""
+    return _pack(message) if encoding == "msgpack" else _json(message)
+
+
+def encoding_of(headers: dict[str, str] | None) -> str:
+    """`json` or `msgpack`, by the Content-Type header; JSON when there is none.
+
+    Raises:
+        InvalidQuery: for another content type.
+    """
+    value = (headers or {}).get(CONTENT_TYPE, JSON).split(";")[0].strip().lower()
+    if value in (JSON, "text/json", "text/plain", ""):
+        return "json"
+    if value in (MSGPACK, "application/x-msgpack", "application/vnd.msgpack"):
+        return "msgpack"
+    raise InvalidQuery(f"The {CONTENT_TYPE} header says {value!r}.", f"Send {JSON} (the default) or {MSGPACK}.")
+
+
+def decode_public(data: bytes, kind: type[T], encoding: str) -> T:
+    """Decode a client's message.
+
+    Raises:
+        InvalidQuery: undecodable or of the wrong shape; says where and what was expected.
+    """
+    try:
+        return unpack(data, kind) if encoding == "msgpack" else from_json(data, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidQuery(
+            f"The message does not have the right shape: {error}.",
+            "See docs/subjects.md for the fields and their types.",
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidQuery(
+            f"The message is not valid {encoding}: {error}.",
+            'Send a JSON object, for example {"prompt": "Hello"}.',
+        ) from None
+
+
+def failure_of(error: CalmError, query_id: str = "") -> m.Failure:
+    """An error as data for the wire."""
+    return m.Failure(
+        code=error.code,
+        message=error.message,
+        remedy=error.remedy,
+        retryable=error.retryable,
+        id=query_id,
+    )

@@ -1,0 +1,163 @@
+"""The error tree. Errors are types with fields; across the wire they travel as `messages.Failure`.
+
+CalmError
+├── BadRequest               the caller can mend it: nothing was accepted
+│   ├── InvalidQuery         `invalid_query`       wrong type, unknown field, empty prompt, bad value
+│   ├── PromptTooLarge       `prompt_too_large`    more bytes than the intake takes
+│   ├── UnknownModel         `unknown_model`       a model name that the fleet does not have
+│   └── NotFound             `not_found`           no such query, model or operation
+├── Unserved                 accepted, and ended without an answer
+│   ├── ContextExceeded      `context_exceeded`    more tokens than any allowed model can read
+│   ├── NoFeasibleModel      `no_feasible_model`   every model is excluded by a hard constraint
+│   ├── DeadlineExpired      `deadline_expired`    the deadline passed first
+│   ├── Cancelled            `cancelled`           `calm.cancel.<query_id>` came first
+│   ├── EngineFailed         `engine_failed`       every attempt of the route failed
+│   └── Overloaded           `overloaded`          the queue is full
+├── FleetFileInvalid         `fleet_invalid`       a fleet file; carries path, line, remedy
+├── ModelError               models and the model store
+│   ├── SourceUnavailable    `source_unavailable`  download or read failed
+│   ├── ChecksumMismatch     `checksum_mismatch`   the bytes are not the ones that were pinned
+│   ├── UnsupportedModel     `unsupported_model`   the importer lacks something, named in the message
+│   └── ModelMissing         `model_missing`       not in the store
+├── PlacementError           worker operations
+│   ├── NoMemory             `no_memory`           the budget cannot hold it
+│   ├── EngineLost           `engine_lost`         the engine process ended by itself
+│   └── OperationTimeout     `operation_timeout`   a load or evict did not finish in time
+├── DeviceUnavailable        `device_unavailable`  CUDA was asked for and is not what we got
+├── SettingsInvalid          `settings_invalid`    an environment variable has a bad value
+└── BusUnavailable           `bus_unavailable`     no NATS server, or nobody listens
+"""
+
+from __future__ import annotations
+
+
+class CalmError(Exception):
+    """Base of all errors. `remedy` says what to change; `retryable` whether the same call may succeed later."""
+
+    code = "internal"
+    retryable = False
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class BadRequest(CalmError):
+    code = "bad_request"
+
+
+class InvalidQuery(BadRequest):
+    code = "invalid_query"
+
+
+class PromptTooLarge(BadRequest):
+    code = "prompt_too_large"
+
+
+class UnknownModel(BadRequest):
+    code = "unknown_model"
+
+
+class NotFound(BadRequest):
+    code = "not_found"
+
+
+class Unserved(CalmError):
+    code = "unserved"
+
+
+class ContextExceeded(Unserved):
+    code = "context_exceeded"
+
+
+class NoFeasibleModel(Unserved):
+    code = "no_feasible_model"
+
+
+class DeadlineExpired(Unserved):
+    code = "deadline_expired"
+    retryable = True
+
+
+class Cancelled(Unserved):
+    code = "cancelled"
+
+
+class EngineFailed(Unserved):
+    code = "engine_failed"
+    retryable = True
+
+
+class Overloaded(Unserved):
+    code = "overloaded"
+    retryable = True
+
+
+class FleetFileInvalid(CalmError):
+    """A fleet file that cannot be used. `line` is 1-based, 0 when the whole file is meant."""
+
+    code = "fleet_invalid"
+
+    def __init__(self, message: str, remedy: str = "", *, path: str = "", line: int = 0) -> None:
+        super().__init__(message, remedy)
+        self.path = path
+        self.line = line
+
+    def __str__(self) -> str:
+        where = f"{self.path}:{self.line}: " if self.line else f"{self.path}: " if self.path else ""
+        return f"{where}{super().__str__()}"
+
+
+class ModelError(CalmError):
+    code = "model_error"
+
+
+class SourceUnavailable(ModelError):
+    code = "source_unavailable"
+    retryable = True
+
+
+class ChecksumMismatch(ModelError):
+    code = "checksum_mismatch"
+
+
+class UnsupportedModel(ModelError):
+    code = "unsupported_model"
+
+
+class ModelMissing(ModelError):
+    code = "model_missing"
+
+
+class PlacementError(CalmError):
+    code = "placement_error"
+    retryable = True
+
+
+class NoMemory(PlacementError):
+    code = "no_memory"
+
+
+class EngineLost(PlacementError):
+    code = "engine_lost"
+
+
+class OperationTimeout(PlacementError):
+    code = "operation_timeout"
+
+
+class DeviceUnavailable(CalmError):
+    code = "device_unavailable"
+
+
+class SettingsInvalid(CalmError):
+    code = "settings_invalid"
+
+
+class BusUnavailable(CalmError):
+    code = "bus_unavailable"
+    retryable = True

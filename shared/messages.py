@@ -1,0 +1,659 @@
+"""The catalogue of wire messages: every type that crosses NATS, and no other, is defined here.
+
+Each message is a frozen msgspec Struct whose `type` field carries name and version (`query.v1`). Public
+messages travel as JSON (or MessagePack, when the sender says so in the `Content-Type` header), internal ones
+as MessagePack. Times are Unix seconds, durations seconds (`_s`), energy joules (`_j`), sizes bytes (`_bytes`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Slug = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$")]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+
+
+class _Public(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what users write and read: an unknown field is an error, so that a typo is noticed."""
+
+
+class _Internal(Struct, frozen=True, omit_defaults=True):
+    """Base of what services write: unknown fields are ignored, so that versions can be mixed."""
+
+
+# --- Public: what clients send ------------------------------------------------------------------
+
+
+class ChatMessage(_Public, frozen=True, kw_only=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Constraints(_Public, frozen=True, kw_only=True):
+    """Hard limits: a model that breaks one is not a candidate. `None` means no limit."""
+
+    models: list[Slug] | None = None
+    """Only these cards may answer."""
+    exclude: list[Slug] = []
+    tags: list[str] = []
+    """The card must carry every one of these tags."""
+    min_quality: Share | None = None
+    """Lowest predicted quality, 0 to 1."""
+    max_latency_s: Positive | None = None
+    """Highest predicted time to the full answer."""
+    max_energy_j: Positive | None = None
+    """Highest predicted energy for this answer."""
+
+
+class Preference(_Public, frozen=True, kw_only=True):
+    """Weights of this request's utility; each replaces the fleet's own where it is given."""
+
+    quality: NonNegative | None = None
+    latency: NonNegative | None = None
+    energy: NonNegative | None = None
+
+
+class Query(_Public, frozen=True, kw_only=True, tag="query.v1"):
+    """A question to the fleet, published to `calm.query`. Exactly one of `prompt` and `messages` is needed."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    id: Slug | None = None
+    """Chosen by the client for idempotent resubmission and `calm.cancel.<id>`; made up when absent."""
+    stream: bool = False
+    model: Slug | None = None
+    """Ask for one card by name and leave routing out."""
+    max_tokens: Annotated[int, Meta(ge=1, le=131072)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=5.0)] | None = None
+    """0 means greedy."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop: Annotated[list[str], Meta(max_length=16)] = []
+    """Generation ends before the first of these strings."""
+    priority: Literal["hi", "lo"] = "hi"
+    deadline_s: Annotated[float, Meta(gt=0.0, le=86400.0)] = 120.0
+    """Counted from acceptance: then the query ends as `deadline_expired`."""
+    constraints: Constraints = Constraints()
+    preference: Preference = Preference()
+    metadata: dict[str, str] = {}
+    """Kept with the query in the knowledge base."""
+
+
+class Feedback(_Public, frozen=True, kw_only=True, tag="feedback.v1"):
+    """A user's judgement of an answer, sent to `calm.feedback`."""
+
+    query_id: Slug
+    score: Share
+    label: Annotated[str, Meta(max_length=200)] | None = None
+
+
+# --- Public: what clients receive ---------------------------------------------------------------
+
+
+class Usage(_Public, frozen=True, kw_only=True):
+    tokens_in: int
+    tokens_out: int
+
+
+class Timings(_Public, frozen=True, kw_only=True):
+    """Where the time went, in seconds. `total_s` is their sum, from intake to the last token."""
+
+    queue_s: float
+    """Waiting for a slot in a busy engine."""
+    load_s: float
+    """Waiting for the model to become resident."""
+    prefill_s: float
+    """From the slot to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+    overhead_s: float
+    """Everything else: CALM's own work, the broker and embedding included."""
+    total_s: float
+
+
+class Energy(_Public, frozen=True, kw_only=True):
+    """Energy of this answer. `source` says how it is known; `model` means estimated from stated powers."""
+
+    joules: float
+    source: Literal["nvml", "rapl", "model"]
+
+    @property
+    def estimated(self) -> bool:
+        return self.source == "model"
+
+
+class Confidence(_Public, frozen=True, kw_only=True):
+    """From the engine's own distribution at each generated token, in nats."""
+
+    mean_logprob: float
+    min_logprob: float
+    mean_entropy: float
+
+
+class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
+    """The final answer to a query: the last message of a stream, the only one otherwise."""
+
+    id: str
+    text: str
+    model: str
+    artifact: str
+    worker: str
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    timings: Timings
+    energy: Energy
+    confidence: Confidence
+    attempt: int
+    why: str
+    """One sentence: why this model. `calm explain ID` has the whole decision."""
+
+
+class Chunk(_Public, frozen=True, kw_only=True, tag="chunk.v1"):
+    """Part of a streamed answer. `seq` counts from 0 within an attempt; a higher `attempt` starts over."""
+
+    id: str
+    seq: int
+    attempt: int
+    text: str
+    restarted: bool = False
+    """True on the first chunk of an attempt after the first: drop the text received before it."""
+
+
+class Failure(_Public, frozen=True, kw_only=True, tag="error.v1"):
+    """A typed error as data. `remedy` says what to change."""
+
+    code: str
+    message: str
+    remedy: str = ""
+    retryable: bool = False
+    id: str = ""
+    """The query's id, empty when nothing was accepted."""
+    detail: dict[str, str] = {}
+
+
+class Ok(_Public, frozen=True, kw_only=True, tag="ok.v1"):
+    """Plain acknowledgement."""
+
+    message: str = ""
+
+
+# --- The pipeline ---------------------------------------------------------------------------------
+
+
+class Accepted(_Internal, frozen=True, kw_only=True, tag="accepted.v1"):
+    """`calm.queries.new`: a valid query that the intake has taken responsibility for."""
+
+    query: Query
+    query_id: str
+    reply: str = ""
+    """The client's inbox; carried inside, because JetStream uses the reply subject itself."""
+    encoding: Literal["json", "msgpack"] = "json"
+    deadline_at: float
+    stamps: dict[str, float] = {}
+    """Unix time of each step so far: received, accepted, analyzed, planned, dispatched, pulled ..."""
+
+
+class Profile(_Internal, frozen=True, kw_only=True):
+    """What the analyzer knows about a query."""
+
+    embedding: bytes = b""
+    """Sentence embedding: little-endian float32 of unit length (384 values for MiniLM)."""
+    domains: dict[str, float] = {}
+    """Probability by domain; sums to 1."""
+    affinity: dict[str, float] = {}
+    """By card: cosine similarity between the query and the card's description and exemplars, -1 to 1."""
+    tokens_in: dict[str, int] = {}
+    """By model: prompt tokens under that model's tokenizer, chat template left out."""
+    tokens_out: float = 128.0
+    """Predicted length of the answer in tokens."""
+    difficulty: float = 0.5
+    """0 (easy) to 1 (hard)."""
+    prompt_chars: int = 0
+
+
+class Analyzed(_Internal, frozen=True, kw_only=True, tag="analyzed.v1"):
+    """`calm.queries.analyzed`."""
+
+    accepted: Accepted
+    profile: Profile
+
+
+class Candidate(_Internal, frozen=True, kw_only=True):
+    """One card as the planner saw it for one query."""
+
+    card: str
+    artifact: str
+    worker: str = ""
+    """The worker assumed for the estimate."""
+    excluded: str | None = None
+    """Reason code of the hard constraint that excluded it; None for a candidate that stood."""
+    quality: float = 0.0
+    latency_s: float = 0.0
+    energy_j: float = 0.0
+    utility: float = 0.0
+    terms: dict[str, float] = {}
+    """The parts: affinity, domain_score, queue_s, load_s, prefill_s, decode_s, load_j, w_q, w_l, w_e ..."""
+
+
+class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
+    """A routing decision, also published on `calm.decision.route`."""
+
+    query_id: str
+    order: list[str]
+    """Cards to try, best first; empty when no candidate stood."""
+    candidates: list[Candidate]
+    reason: str
+    """Reason code: `best_utility`, `asked_for`, `only_candidate`, `no_feasible_model`, `context_exceeded`."""
+    why: str = ""
+    """The reason as one sentence for people."""
+    runner_up: str | None = None
+    margin: float = 0.0
+    """Utility of the choice minus that of the runner-up."""
+    flip: str = ""
+    """What would have turned the choice to the runner-up."""
+    weights: dict[str, float] = {}
+    propensity: float = 1.0
+    """Probability with which the policy took this choice."""
+    knowledge_version: int = 0
+    domains: dict[str, float] = {}
+    decided_at: float = 0.0
+    decided_in_s: float = 0.0
+    planner: str = ""
+
+
+class Planned(_Internal, frozen=True, kw_only=True, tag="planned.v1"):
+    """`calm.queries.planned`: what the executor carries out."""
+
+    accepted: Accepted
+    route: Route
+    tokens_out: float = 128.0
+
+
+class Sampling(_Internal, frozen=True, kw_only=True):
+    """Resolved generation settings: the query's where given, else the card's, else the defaults."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: list[str] = []
+
+
+class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
+    """`calm.work.<artifact>.<priority>`: one attempt, complete in itself."""
+
+    query_id: str
+    attempt: int
+    """Counts from 1 over the route; redeliveries of the same attempt add to it in the engine."""
+    rank: int
+    """Index into `planned.route.order` of the card this attempt uses."""
+    card: str
+    artifact: str
+    messages: list[ChatMessage]
+    sampling: Sampling
+    planned: Planned
+    """Kept whole, so that any executor can fall back after this attempt without state of its own."""
+    stamps: dict[str, float] = {}
+
+
+class AttemptFailed(_Internal, frozen=True, kw_only=True, tag="attempt_failed.v1"):
+    """`calm.queries.failed`: an engine could not finish an attempt; an executor decides what follows."""
+
+    work: Work
+    failure: Failure
+    worker: str
+    attempt: int
+    """The highest attempt number used so far."""
+    at: float
+
+
+class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
+    """`calm.done.<query_id>`: how a query ended. The first one published for an id is the only one kept."""
+
+    query_id: str
+    answer: Answer | None = None
+    failure: Failure | None = None
+    reply: str = ""
+    encoding: Literal["json", "msgpack"] = "json"
+    attempt: int = 0
+    stamps: dict[str, float] = {}
+    card: str = ""
+    artifact: str = ""
+    worker: str = ""
+    device_class: str = ""
+    batch_mean: float = 0.0
+    """Sequences that ran beside it in a decode step, on average, itself included."""
+    rejected: bool = False
+    """True for bad input that was never accepted; kept for the statistics only."""
+
+
+class Dead(_Internal, frozen=True, kw_only=True, tag="dead.v1"):
+    """`calm.dead`: a message that was given up, with the reason, for inspection and replay."""
+
+    subject: str
+    reason: str
+    payload: bytes
+    query_id: str = ""
+    service: str = ""
+    at: float = 0.0
+
+
+# --- The fleet ------------------------------------------------------------------------------------
+
+
+class Device(_Internal, frozen=True, kw_only=True):
+    kind: Literal["cpu", "cuda"]
+    name: str
+    index: int = 0
+    memory_bytes: int = 0
+    """Total memory of the device (host memory for a CPU)."""
+    provider: str = "CPUExecutionProvider"
+    """ONNX Runtime execution provider that engines ask for, and must get."""
+    threads: int = 1
+
+    @property
+    def device_class(self) -> str:
+        """What latency and energy are learned by, e.g. `cpu-2t` or `cuda-nvidia-h100`."""
+        if self.kind == "cpu":
+            return f"cpu-{self.threads}t"
+        return f"cuda-{self.name.lower().replace(' ', '-')}"
+
+
+class EngineState(_Internal, frozen=True, kw_only=True):
+    """One resident (or becoming resident, or leaving) artifact on a worker."""
+
+    artifact: str
+    state: Literal["loading", "ready", "draining", "failed"]
+    footprint_bytes: int
+    """Counted against the budget: weights, KV cache and the process's own share."""
+    measured_bytes: int = 0
+    """As measured on the process or device; 0 while unknown."""
+    slots: int = 0
+    active: int = 0
+    """Sequences being generated."""
+    held: int = 0
+    """Messages taken from the queue and waiting for a slot."""
+    loaded_at: float = 0.0
+    last_used_at: float = 0.0
+    load_s: float = 0.0
+    tpot_s: float = 0.0
+    """Recent time per output token, exponentially weighted; 0 while unknown."""
+    tokens_out: int = 0
+    pid: int = 0
+
+
+class WorkerState(_Internal, frozen=True, kw_only=True, tag="worker_state.v1"):
+    """KV `calm_fleet`, key `worker.<id>`: refreshed each second, gone 3 s after the last."""
+
+    worker: str
+    host: str
+    device: Device
+    budget_bytes: int
+    engines: list[EngineState] = []
+    draining: bool = False
+    started_at: float = 0.0
+    at: float = 0.0
+    version: str = ""
+
+    @property
+    def used_bytes(self) -> int:
+        """Sum of the footprints of all engines, in whatever state."""
+        return sum(e.footprint_bytes for e in self.engines)
+
+
+class ArtifactSpec(_Internal, frozen=True, kw_only=True):
+    """What a worker needs to hold an artifact, and the planner to count it."""
+
+    name: str
+    model: str
+    variant: str
+    weights_bytes: int
+    kv_bytes_per_token: int
+    slots: int
+    context: int
+    """Tokens a slot can hold: prompt and answer together."""
+    overhead_bytes: int = 0
+    """The engine process without weights and KV cache."""
+    tokenizer: str = ""
+    """sha256 of tokenizer.json: models that share it share their token counts."""
+
+    @property
+    def footprint_bytes(self) -> int:
+        return self.weights_bytes + self.overhead_bytes + self.kv_bytes_per_token * self.context * self.slots
+
+
+class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
+    """KV `calm_models`, key = name: what routing chooses, with the artifact it runs on."""
+
+    name: str
+    artifact: ArtifactSpec
+    description: str
+    exemplars: list[str] = []
+    domains: dict[str, float] = {}
+    """Expected quality by domain, 0 to 1."""
+    quality: float = 0.5
+    """Expected quality where no domain score applies, 0 to 1."""
+    system_prompt: str = ""
+    tags: list[str] = []
+    pinned: bool = False
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    parameters_b: float = 0.0
+    """Parameters in billions, for priors."""
+
+
+class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
+    """KV `calm_models`, key `_policy`: the fleet's objectives and residency rules."""
+
+    fleet: str
+    w_quality: float = 1.0
+    w_latency: float = 0.3
+    w_energy: float = 0.1
+    latency_slo_s: float = 5.0
+    energy_ref_j: float = 50.0
+    min_residence_s: float = 3.0
+    """A model stays at least this long after it became ready."""
+    idle_evict_s: float = 600.0
+    """A model unused for this long is evicted; 0 keeps it for ever."""
+    max_wait_s: float = 5.0
+    """A query waits at most about this long for a model that is not resident before another must leave."""
+
+
+class Load(_Internal, frozen=True, kw_only=True, tag="load.v1"):
+    """`calm.command.load.<worker>`: make an artifact resident. Idempotent by `op_id`."""
+
+    op_id: str
+    worker: str
+    spec: ArtifactSpec
+    reason: str
+    after: list[str] = []
+    """Operations on the same worker that must have ended first (evictions that make room)."""
+    issued_at: float = 0.0
+    expires_at: float = 0.0
+
+
+class Evict(_Internal, frozen=True, kw_only=True, tag="evict.v1"):
+    """`calm.command.evict.<worker>`: drain an artifact's engine and end it. Idempotent by `op_id`."""
+
+    op_id: str
+    worker: str
+    artifact: str
+    reason: str
+    issued_at: float = 0.0
+    expires_at: float = 0.0
+
+
+class Operation(_Internal, frozen=True, kw_only=True, tag="operation.v1"):
+    """`calm.journal.operation`: how a load or evict ended, or an engine was lost."""
+
+    op_id: str
+    kind: Literal["load", "evict", "lost"]
+    worker: str
+    artifact: str
+    ok: bool
+    reason: str
+    """Why the planner wanted it."""
+    failure: Failure | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+    """Footprint taken or given back."""
+    at: float = 0.0
+
+
+class WorkerReply(_Internal, frozen=True, kw_only=True, tag="worker_reply.v1"):
+    """A worker's answer to a load or evict request, sent when the operation has ended."""
+
+    op_id: str
+    ok: bool
+    failure: Failure | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):
+    """`calm.decision.placement`: one pass of the residency planner that changed something."""
+
+    id: str
+    loads: list[Load] = []
+    evicts: list[Evict] = []
+    reason: str = ""
+    demand: dict[str, int] = {}
+    """Queries waiting or running, by artifact."""
+    values: dict[str, float] = {}
+    """Worth of each resident artifact as the planner saw it, by `worker/artifact`."""
+    decided_at: float = 0.0
+    planner: str = ""
+
+
+class Symptom(_Internal, frozen=True, kw_only=True, tag="symptom.v1"):
+    """`calm.symptom.<kind>`: something the analyzer or an executor noticed."""
+
+    kind: Literal["slo_violation", "overload", "worker_lost", "engine_lost", "breaker_open"]
+    subject: str
+    """The model, artifact or worker it is about."""
+    detail: str
+    value: float = 0.0
+    limit: float = 0.0
+    at: float = 0.0
+
+
+class Heartbeat(_Internal, frozen=True, kw_only=True, tag="heartbeat.v1"):
+    """`calm.telemetry.<service>.health`: each service, once a second."""
+
+    service: str
+    instance: str
+    state: Literal["starting", "ready", "draining"]
+    in_flight: int = 0
+    handled: int = 0
+    failed: int = 0
+    pid: int = 0
+    host: str = ""
+    at: float = 0.0
+    detail: str = ""
+
+
+# --- Knowledge ------------------------------------------------------------------------------------
+
+
+class ArtifactQos(_Internal, frozen=True, kw_only=True):
+    """Learned cost of one artifact on one device class, over the recent window."""
+
+    artifact: str
+    device_class: str
+    count: int = 0
+    prefill_s_per_token: float = 0.0
+    tpot_s: float = 0.0
+    tpot_batch: float = 1.0
+    """Mean batch size at which `tpot_s` was seen."""
+    load_s: float = 0.0
+    loads: int = 0
+    energy_j_per_token_in: float = 0.0
+    energy_j_per_token_out: float = 0.0
+    energy_source: str = "model"
+
+
+class CardQos(_Internal, frozen=True, kw_only=True):
+    """What one card did over the recent window."""
+
+    card: str
+    answered: int = 0
+    failed: int = 0
+    tokens_out_mean: float = 0.0
+    latency_p50_s: float = 0.0
+    latency_p95_s: float = 0.0
+    ttft_p50_s: float = 0.0
+    energy_j_mean: float = 0.0
+    feedback_count: int = 0
+    feedback_mean: float = 0.0
+
+
+class Qos(_Internal, frozen=True, kw_only=True, tag="qos.v1"):
+    """`calm.knowledge.qos` and, once a second, `calm.telemetry.monitor.qos`."""
+
+    version: int = 0
+    artifacts: list[ArtifactQos] = []
+    cards: list[CardQos] = []
+    at: float = 0.0
+
+
+class KnowledgeRequest(_Public, frozen=True, kw_only=True, tag="knowledge_request.v1"):
+    """Argument of `calm.knowledge.<verb>`: `id` for one record, `limit` for lists."""
+
+    id: str = ""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 20
+
+
+class QueryRecord(_Internal, frozen=True, kw_only=True, tag="query_record.v1"):
+    """Everything known about one query."""
+
+    query_id: str
+    state: Literal["accepted", "answered", "failed"]
+    query: Query | None = None
+    route: Route | None = None
+    done: Done | None = None
+    feedback: list[Feedback] = []
+    received_at: float = 0.0
+
+
+class QueryRecords(_Internal, frozen=True, kw_only=True, tag="query_records.v1"):
+    records: list[QueryRecord] = []
+
+
+class Counts(_Internal, frozen=True, kw_only=True, tag="counts.v1"):
+    """`calm.knowledge.counts`: totals since the knowledge base was created."""
+
+    accepted: int = 0
+    answered: int = 0
+    failed: int = 0
+    rejected: int = 0
+    in_flight: int = 0
+    feedback: int = 0
+    by_card: dict[str, int] = {}
+    """Answered queries by card."""
+    failures: dict[str, int] = {}
+    """By error code."""
+    loads: int = 0
+    evictions: int = 0
+    lost: int = 0
+    by_operation_reason: dict[str, int] = {}
+
+
+class Operations(_Internal, frozen=True, kw_only=True, tag="operations.v1"):
+    """`calm.knowledge.operations`: the latest loads, evictions and losses, newest first."""
+
+    operations: list[Operation] = []
+
+
+def stamp(stamps: dict[str, float], **more: float) -> dict[str, float]:
+    """Return `stamps` with further times added; the original is left as it is."""
+    return {**stamps, **more}

