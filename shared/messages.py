@@ -465,6 +465,9 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     """A model stays at least this long after it became ready."""
     idle_evict_s: float = 600.0
     """A model unused for this long is evicted; 0 keeps it for ever."""
+    embedder: str = "minilm"
+    """Model in the store that embeds queries and cards."""
+    embedder_variant: str = "int8"
     max_wait_s: float = 5.0
     """A query waits at most about this long for a model that is not resident before another must leave."""
 

@@ -1,0 +1,290 @@
+"""Which artifacts each worker holds: loads on demand, evicts the least valuable, never thrashes. Pure.
+
+One pass, in order (the numbers stand in the code too):
+
+1. An artifact with waiting queries, held or being loaded nowhere, is needed; so is a pinned one. The longest
+   wait comes first.
+2. An artifact whose holders have fewer slots than queries waiting and running gets a replica.
+3. A new worker that holds nothing takes the artifact most likely to be asked for (warm start).
+4. A needed artifact goes to the worker where it costs least: free memory first, else the set of victims with the
+   smallest value. A victim is ready, not pinned, past its minimum residence, and has no queries of its own,
+   unless the need has waited longer than `max_wait_s`: then work in hand no longer protects it.
+   A replica or a warm start evicts only what has been without work; a warm start evicts nothing.
+5. An artifact unused for `idle_evict_s` and not pinned leaves.
+
+Value per byte, after GreedyDual-Size (Cao and Irani, 1997) with a decayed demand rate in place of a count: what
+keeping an artifact saves is demand rate x load time, and what it costs is memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shared import messages as m
+
+RATE_HALF_LIFE_S = 120.0
+WARM_START_S = 30.0
+"""A worker older than this is empty for a reason (idle eviction), and stays so until there is demand."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Queries for one artifact."""
+
+    waiting: int = 0
+    """Dispatched and not yet done: waiting or running."""
+    waiting_since: float | None = None
+    """Unix time since which some query has been waiting without an engine."""
+    rate: float = 0.0
+    """Arrivals per second, exponentially decayed."""
+    rate_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A command that was issued and has not shown its effect yet."""
+
+    kind: str
+    """`load` or `evict`."""
+    worker: str
+    artifact: str
+    footprint_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Action:
+    """One load or evict, with the reason code that is logged, stored and shown."""
+
+    kind: str
+    worker: str
+    artifact: str
+    reason: str
+    after: tuple[str, ...] = ()
+    """Artifacts whose eviction from the same worker must come first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    actions: tuple[Action, ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Value of each resident artifact by `worker/artifact`, in seconds of load saved per second and gigabyte."""
+    blocked: Mapping[str, str] = field(default_factory=dict)
+    """Needed artifacts that cannot be loaded now, with the reason."""
+
+
+@dataclass
+class _Room:
+    """A worker as this pass sees it: what it holds, and what it will hold once commands under way have ended."""
+
+    state: m.WorkerState
+    free: int
+    holds: set[str]
+    leaving: set[str] = field(default_factory=set)
+    untouched: bool = True
+
+
+def arrived(demand: Demand, now: float, count: int = 1) -> Demand:
+    """The demand after `count` further arrivals: rate decays with a half-life of `RATE_HALF_LIFE_S`."""
+    kept = decayed_rate(demand, now)
+    return Demand(
+        waiting=demand.waiting + count,
+        waiting_since=demand.waiting_since,
+        rate=kept + count * math.log(2.0) / RATE_HALF_LIFE_S,
+        rate_at=now,
+    )
+
+
+def decayed_rate(demand: Demand, now: float) -> float:
+    """Arrivals per second as of now."""
+    return demand.rate * math.exp2(-max(now - demand.rate_at, 0.0) / RATE_HALF_LIFE_S)
+
+
+def plan(
+    *,
+    workers: Sequence[m.WorkerState],
+    specs: Mapping[str, m.ArtifactSpec],
+    pinned: frozenset[str],
+    popularity: Mapping[str, float],
+    demand: Mapping[str, Demand],
+    load_s: Mapping[str, float],
+    pending: Sequence[Pending],
+    held_back: frozenset[tuple[str, str]],
+    policy: m.Policy,
+    now: float,
+) -> Plan:
+    """One pass over the fleet.
+
+    `popularity`: how likely each artifact is to be asked for, for the warm start. `load_s`: seconds to load each.
+    `held_back`: (worker, artifact) whose last load failed and must not be tried again yet.
+    """
+    rooms = [_room(worker, pending) for worker in workers if not worker.draining]
+    values = {
+        f"{room.state.worker}/{engine.artifact}": _value(engine, demand, load_s, now)
+        for room in rooms
+        for engine in room.state.engines
+    }
+    actions: list[Action] = []
+    blocked: dict[str, str] = {}
+    context = _Pass(rooms, specs, pinned, demand, values, held_back, policy, now)
+    for artifact, reason in _needs(context):  # 1
+        blocked.update(context.place(artifact, reason, actions))
+    for artifact in _short_of_slots(context):  # 2
+        context.place(artifact, "replica", actions)
+    for room in rooms:  # 3
+        started = now - room.state.started_at < WARM_START_S
+        if started and not room.holds and not room.leaving and room.untouched:
+            for artifact in _warm(context, popularity):
+                if not context.place(artifact, "warm_start", actions, only=room):
+                    break
+    actions += _idle(context)  # 5
+    return Plan(tuple(actions), values, blocked)
+
+
+def _room(worker: m.WorkerState, pending: Sequence[Pending]) -> _Room:
+    holds = {e.artifact for e in worker.engines if e.state in ("ready", "loading")}
+    leaving = {e.artifact for e in worker.engines if e.state == "draining"}
+    free = worker.budget_bytes - worker.used_bytes
+    present = {e.artifact for e in worker.engines}
+    for command in pending:
+        if command.worker != worker.worker:
+            continue
+        if command.kind == "load" and command.artifact not in present:
+            holds.add(command.artifact)
+            free -= command.footprint_bytes
+        elif command.kind == "evict":
+            holds.discard(command.artifact)
+            leaving.add(command.artifact)
+    return _Room(worker, free, holds, leaving)
+
+
+@dataclass
+class _Pass:
+    rooms: list[_Room]
+    specs: Mapping[str, m.ArtifactSpec]
+    pinned: frozenset[str]
+    demand: Mapping[str, Demand]
+    values: Mapping[str, float]
+    held_back: frozenset[tuple[str, str]]
+    policy: m.Policy
+    now: float
+
+    def place(
+        self, artifact: str, reason: str, actions: list[Action], only: _Room | None = None
+    ) -> dict[str, str]:
+        """4: put the artifact on the worker where that costs least; what stands in the way, if it cannot be."""
+        spec = self.specs[artifact]
+        choices: list[tuple[float, int, str, _Room, tuple[m.EngineState, ...]]] = []
+        for room in [only] if only else self.rooms:
+            if artifact in room.holds or (room.state.worker, artifact) in self.held_back:
+                continue
+            victims = self._victims(room, spec.footprint_bytes, artifact, reason)
+            if victims is not None:
+                price = sum(self.values[f"{room.state.worker}/{v.artifact}"] * v.footprint_bytes for v in victims)
+                choices.append((price, len(victims), room.state.worker, room, victims))
+        if not choices:
+            return {artifact: self._obstacle(spec)}
+        _, _, _, room, victims = min(choices, key=lambda c: (c[0], c[1], -c[3].free, c[2]))
+        for victim in victims:
+            actions.append(Action("evict", room.state.worker, victim.artifact, f"make_room_for:{artifact}"))
+            room.free += victim.footprint_bytes
+            room.holds.discard(victim.artifact)
+            room.leaving.add(victim.artifact)
+        actions.append(Action("load", room.state.worker, artifact, reason, tuple(v.artifact for v in victims)))
+        room.free -= spec.footprint_bytes
+        room.holds.add(artifact)
+        room.untouched = False
+        return {}
+
+    def _victims(self, room: _Room, needed: int, artifact: str, reason: str) -> tuple[m.EngineState, ...] | None:
+        """The cheapest set of engines to evict so that `needed` bytes are free; None when there is none."""
+        # What is already on its way out will free its memory: the load names it in `after` and waits for it.
+        coming = sum(e.footprint_bytes for e in room.state.engines if e.artifact in room.leaving)
+        missing = needed - room.free
+        if missing <= 0:
+            return ()
+        if coming >= missing:
+            return None if reason in ("replica", "warm_start") else ()
+        if reason == "warm_start":
+            return None
+        since = self.demand.get(artifact, Demand()).waiting_since
+        starved = reason == "demand" and since is not None and self.now - since > self.policy.max_wait_s
+        allowed = [e for e in room.state.engines if self._may_go(e, room, starved)]
+        best: tuple[float, tuple[m.EngineState, ...]] | None = None
+        for size in range(1, min(len(allowed), 4) + 1):
+            for chosen in itertools.combinations(allowed, size):
+                if sum(e.footprint_bytes for e in chosen) + coming < missing:
+                    continue
+                price = sum(self.values[f"{room.state.worker}/{e.artifact}"] * e.footprint_bytes for e in chosen)
+                if best is None or price < best[0]:
+                    best = (price, chosen)
+            if best is not None:
+                break
+        return best[1] if best else None
+
+    def _may_go(self, engine: m.EngineState, room: _Room, starved: bool) -> bool:
+        if engine.state != "ready" or engine.artifact in room.leaving or engine.artifact in self.pinned:
+            return False
+        if self.now - engine.loaded_at < self.policy.min_residence_s:
+            return False
+        busy = engine.active > 0 or self.demand.get(engine.artifact, Demand()).waiting > 0
+        return starved or not busy
+
+    def _obstacle(self, spec: m.ArtifactSpec) -> str:
+        if not any(room.state.budget_bytes >= spec.footprint_bytes for room in self.rooms):
+            return "no worker has this much memory"
+        if any((room.state.worker, spec.name) in self.held_back for room in self.rooms):
+            return "its last load failed; waiting before the next attempt"
+        return "all that could leave is busy, pinned or newly loaded"
+
+
+def _needs(context: _Pass) -> list[tuple[str, str]]:
+    held = set().union(*(room.holds for room in context.rooms)) if context.rooms else set()
+    waiting = [
+        (d.waiting_since if d.waiting_since is not None else context.now, artifact)
+        for artifact, d in context.demand.items()
+        if d.waiting > 0 and artifact in context.specs and artifact not in held
+    ]
+    pinned = [a for a in sorted(context.pinned) if a not in held and a not in {w[1] for w in waiting}]
+    return [(artifact, "demand") for _, artifact in sorted(waiting)] + [(a, "pinned") for a in pinned]
+
+
+def _short_of_slots(context: _Pass) -> list[str]:
+    short: list[tuple[int, str]] = []
+    for artifact, demand in context.demand.items():
+        holders = sum(artifact in room.holds for room in context.rooms)
+        if artifact not in context.specs or not holders:
+            continue
+        lacking = demand.waiting - holders * context.specs[artifact].slots
+        if lacking > 0:
+            short.append((-lacking, artifact))
+    return [artifact for _, artifact in sorted(short)]
+
+
+def _warm(context: _Pass, popularity: Mapping[str, float]) -> list[str]:
+    """Artifacts by likelihood of use, those that nobody holds yet first."""
+    held = set().union(*(room.holds for room in context.rooms)) if context.rooms else set()
+    return sorted(context.specs, key=lambda a: (a in held, -popularity.get(a, 0.0), a))
+
+
+def _idle(context: _Pass) -> list[Action]:
+    if not context.policy.idle_evict_s:
+        return []
+    return [
+        Action("evict", room.state.worker, engine.artifact, "idle")
+        for room in context.rooms
+        for engine in room.state.engines
+        if context._may_go(engine, room, starved=False)
+        and engine.artifact in room.holds
+        and context.now - max(engine.last_used_at, engine.loaded_at) > context.policy.idle_evict_s
+    ]
+
+
+def _value(engine: m.EngineState, demand: Mapping[str, Demand], load_s: Mapping[str, float], now: float) -> float:
+    """Seconds of loading saved per second and gigabyte, with recency to tell unused engines apart."""
+    rate = decayed_rate(demand.get(engine.artifact, Demand()), now)
+    recency = 1e-6 / (1.0 + max(now - max(engine.last_used_at, engine.loaded_at), 0.0))
+    gigabytes = max(engine.footprint_bytes, 1) / 1e9
+    return (rate + recency) * max(load_s.get(engine.artifact, 1.0), 0.1) / gigabytes

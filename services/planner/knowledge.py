@@ -1,0 +1,118 @@
+"""What a planner knows: cards, workers, QoS, and the demand for each artifact."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import nats.errors
+from nats.aio.msg import Msg
+
+from services.planner.decide import residency
+from services.planner.decide.residency import Demand
+from services.planner.decide.routing import State
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus
+from shared.errors import CalmError
+from shared.views import FleetView, ModelsView
+
+
+class Knowledge:
+    """Kept up to date from KV buckets, QoS broadcasts and route decisions of every planner replica."""
+
+    def __init__(self, bus: Bus, planner: str, clock: Callable[[], float], on_change: Callable[[], None]) -> None:
+        self._bus = bus
+        self._planner = planner
+        self._clock = clock
+        self._on_change = on_change
+        self.models = ModelsView(bus, on_change)
+        self.fleet = FleetView(bus, lambda _state: on_change())
+        self.qos = m.Qos()
+        self.demand: dict[str, Demand] = {}
+
+    async def start(self) -> None:
+        await self._bus.subscribe(subjects.QOS, self._on_qos)
+        await self._bus.subscribe(subjects.DECISION_ROUTE, self._on_route)
+        await self.models.start()
+        await self.fleet.start()
+        with contextlib.suppress(CalmError):  # the monitor may not be up yet; it will broadcast
+            self.qos = await self._bus.ask(subjects.knowledge("qos"), m.KnowledgeRequest(), m.Qos, 1.0)
+
+    def state(self) -> State | None:
+        """Everything a routing decision needs; None until the fleet is known."""
+        if self.models.policy is None or not self.models.cards:
+            return None
+        return State(
+            cards=self.models.cards,
+            policy=self.models.policy,
+            workers=self.fleet.workers(),
+            qos=self.qos,
+            waiting={artifact: d.waiting for artifact, d in self.demand.items()},
+            planner=self._planner,
+        )
+
+    def specs(self) -> dict[str, m.ArtifactSpec]:
+        return {card.artifact.name: card.artifact for card in self.models.cards.values()}
+
+    def pinned(self) -> frozenset[str]:
+        return frozenset(card.artifact.name for card in self.models.cards.values() if card.pinned)
+
+    def popularity(self) -> dict[str, float]:
+        """Past answers by artifact; a card that has none yet counts for a little by being there."""
+        answered = {card.card: card.answered for card in self.qos.cards}
+        result: dict[str, float] = {}
+        for card in self.models.cards.values():
+            name = card.artifact.name
+            result[name] = result.get(name, 0.0) + answered.get(card.name, 0) + 0.1
+        return result
+
+    def load_s(self) -> dict[str, float]:
+        """Learned load time by artifact, in seconds."""
+        return {a.artifact: a.load_s for a in self.qos.artifacts if a.loads}
+
+    def covered(self, artifact: str) -> bool:
+        """Whether some live worker holds the artifact ready."""
+        return any(
+            e.artifact == artifact and e.state == "ready"
+            for w in self.fleet.workers()
+            if not w.draining
+            for e in w.engines
+        )
+
+    async def count_queues(self) -> None:
+        """Read how many queries each artifact has, from the work queue itself (acknowledged means gone)."""
+        try:
+            info = await self._bus.js.stream_info(subjects.STREAM_WORK, subjects_filter="calm.work.>")
+        except (TimeoutError, nats.errors.Error):
+            return  # the broker is away; the next count will tell
+        counts: dict[str, int] = {}
+        for subject, count in (info.state.subjects or {}).items():
+            artifact = subjects.artifact_of_work(subject)
+            counts[artifact] = counts.get(artifact, 0) + count
+        now = self._clock()
+        for artifact in {*counts, *self.demand}:
+            old = self.demand.get(artifact, Demand())
+            waiting = counts.get(artifact, 0)
+            since = old.waiting_since
+            if waiting == 0 or self.covered(artifact):
+                since = None
+            elif since is None:
+                since = now
+            self.demand[artifact] = Demand(waiting, since, old.rate, old.rate_at)
+
+    async def _on_route(self, message: Msg) -> None:
+        route = codec.unpack(message.data, m.Route)
+        card = self.models.cards.get(route.order[0]) if route.order else None
+        if card is None:
+            return
+        artifact = card.artifact.name
+        now = self._clock()
+        demand = residency.arrived(self.demand.get(artifact, Demand()), now)
+        if demand.waiting_since is None and not self.covered(artifact):
+            demand = Demand(demand.waiting, now, demand.rate, demand.rate_at)
+        self.demand[artifact] = demand
+        self._on_change()
+
+    async def _on_qos(self, message: Msg) -> None:
+        self.qos = codec.unpack(message.data, m.Qos)

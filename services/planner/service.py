@@ -1,0 +1,118 @@
+"""The planner's shell: each analysed query gets a route; the placement leader decides residency."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+import structlog
+from nats.aio.msg import Msg
+
+from services.planner.decide import routing
+from services.planner.knowledge import Knowledge
+from services.planner.placement import Placement
+from shared import codec, subjects
+from shared import messages as m
+from shared.errors import DeadlineExpired
+from shared.puller import Puller
+from shared.runtime import Context
+
+RETRY_S = 0.25
+"""A query that meets no worker at all goes back to the queue for this long."""
+
+
+class Planner:
+    """`calm.queries.analyzed` to `calm.queries.planned`; decisions to `calm.decision.*`."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._bus = context.bus
+        self._log = context.log
+        self._knowledge = Knowledge(self._bus, context.instance, context.clock, self._on_change)
+        self._placement = Placement(self._bus, self._knowledge, context.instance, context.clock, self._log)
+        self._puller = Puller(
+            self._bus,
+            stream=subjects.STREAM_QUERIES,
+            durable="planner",
+            subject=subjects.ANALYZED,
+            handler=self._on_query,
+            limit=64,
+            log=self._log,
+        )
+        context.health.in_flight = lambda: self._puller.in_flight
+        context.health.detail = lambda: "places models" if self._placement.leads else ""
+
+    async def start(self) -> None:
+        await self._knowledge.start()
+        await self._placement.start()
+        self._log.info("waiting_for_fleet")
+        await self._knowledge.models.ready.wait()
+        await self._puller.start()
+
+    async def stop(self) -> None:
+        await self._puller.stop(self._context.settings.drain_s)
+        await self._placement.stop()
+
+    def _on_change(self) -> None:
+        self._placement.wake()
+
+    async def _on_query(self, message: Msg) -> None:
+        try:
+            analyzed = codec.unpack(message.data, m.Analyzed)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            now = self._context.clock()
+            await self._bus.dead(message.subject, message.data, str(error), service="planner", at=now)
+            await message.term()
+            return
+        with structlog.contextvars.bound_contextvars(query_id=analyzed.accepted.query_id):
+            await self._route(message, analyzed)
+
+    async def _route(self, message: Msg, analyzed: m.Analyzed) -> None:
+        accepted, now = analyzed.accepted, self._context.clock()
+        redelivered = message.metadata.num_delivered > 1
+        state = self._knowledge.state()
+        if now >= accepted.deadline_at:
+            error = DeadlineExpired(
+                "The deadline passed before the query could be planned.",
+                "Raise `deadline_s`, or look at `calm status` for what is missing.",
+            )
+            await self._refuse(accepted, codec.failure_of(error, accepted.query_id), redelivered=redelivered)
+            await message.ack()
+            return
+        if state is None or not any(not w.draining for w in state.workers):
+            self._log.info("no_worker_yet")
+            await message.nak(delay=RETRY_S)
+            return
+        began = time.perf_counter()
+        route = routing.decide(analyzed, state, now)
+        route = msgspec.structs.replace(route, decided_in_s=time.perf_counter() - began)
+        decision = self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{accepted.query_id}-route")
+        if route.order:
+            stamped = msgspec.structs.replace(
+                accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock())
+            )
+            chosen = next(c for c in route.candidates if c.card == route.order[0])
+            planned = m.Planned(accepted=stamped, route=route, tokens_out=chosen.terms.get("tokens_out", 128.0))
+            await asyncio.gather(
+                decision, self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
+            )
+            self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
+        else:
+            failure = codec.failure_of(routing.refusal(route, analyzed, state), accepted.query_id)
+            await decision
+            await self._refuse(accepted, failure, redelivered=redelivered)
+            self._log.info("refused", code=failure.code)
+        await message.ack()
+        self._context.health.handled += 1
+
+    async def _refuse(self, accepted: m.Accepted, failure: m.Failure, *, redelivered: bool) -> None:
+        done = m.Done(
+            query_id=accepted.query_id,
+            failure=failure,
+            reply=accepted.reply,
+            encoding=accepted.encoding,
+            stamps=accepted.stamps,
+        )
+        await self._bus.finish(done, resend=redelivered)
+        self._context.health.failed += 1
