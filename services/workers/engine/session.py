@@ -1,0 +1,44 @@
+"""Opens ONNX Runtime sessions, and refuses one that is not on the device that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import onnxruntime as ort
+
+from shared.errors import DeviceUnavailable, UnsupportedModel
+from shared.messages import Device
+
+
+def open_session(model: Path, device: Device, threads: int, *, spinning: bool = True) -> ort.InferenceSession:
+    """A session for `model` on `device` with `threads` intra-op threads.
+
+    Raises:
+        DeviceUnavailable: CUDA was asked for and ONNX Runtime fell back to the CPU, which it does silently.
+        UnsupportedModel: ONNX Runtime cannot load the graph.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = max(threads, 1)
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device.kind == "cuda":
+        with contextlib.suppress(AttributeError):  # finds CUDA and cuDNN among installed packages
+            ort.preload_dlls()
+        providers = [("CUDAExecutionProvider", {"device_id": str(device.index)}), "CPUExecutionProvider"]
+    try:
+        session = ort.InferenceSession(str(model), options, providers=providers)
+    except Exception as error:
+        raise UnsupportedModel(f"ONNX Runtime cannot load {model}: {error}", "Pull or add the model again.") from error
+    got = session.get_providers()
+    if device.kind == "cuda" and got[0] != "CUDAExecutionProvider":
+        raise DeviceUnavailable(
+            f"CUDA device {device.index} was asked for, and ONNX Runtime gave {got[0]}.",
+            "Install the [gpu] extra with matching CUDA libraries, or set CALM_DEVICE=cpu.",
+        )
+    return session

@@ -1,0 +1,84 @@
+"""Between tokens and text: the chat template, and text that grows token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from shared.messages import ChatMessage
+from shared.models.chat import render
+from shared.models.manifest import TokenizerInfo
+
+
+class Text:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, folder: Path, info: TokenizerInfo) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / info.file))
+        self.stop_ids = frozenset(info.stop_token_ids)
+        self._info = info
+        self._template = (folder / info.chat_template).read_text() if info.chat_template else ""
+
+    def prompt(self, messages: list[ChatMessage]) -> list[int]:
+        """Token ids of the conversation, ready for the model's turn."""
+        text = render(self._template, messages, self._info.bos_token, self._info.eos_token)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        bos = self.tokenizer.token_to_id(self._info.bos_token) if self._info.bos_token else None
+        if self._info.add_bos and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return ids
+
+
+class Growing:
+    """The text of one answer. `push` gives what may be shown; half characters and half stop strings wait."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = [s for s in stop if s]
+        self._ids: list[int] = []
+        self._decoded = ""
+        self._held = ""
+        self.text = ""
+        """Everything shown so far."""
+        self.stopped = False
+        """A stop string was met; the text ends before it."""
+
+    def push(self, token: int) -> str:
+        """Text that became certain with this token."""
+        self._ids.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        self._decoded += piece
+        return self._show(piece, final=False)
+
+    def finish(self) -> str:
+        """Whatever was held back, at the end of the answer."""
+        if self.stopped:
+            return ""
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+        return self._show(rest, final=True)
+
+    def _show(self, piece: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        held = self._held + piece
+        cuts = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        if cuts:
+            self.stopped = True
+            held, self._held = held[: min(cuts)], ""
+        else:
+            keep = 0 if final else max((_overlap(held, stop) for stop in self._stop), default=0)
+            held, self._held = (held[:-keep], held[-keep:]) if keep else (held, "")
+        self.text += held
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that could be the beginning of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0

@@ -1,0 +1,214 @@
+"""Builds the decoder graph of a llama-family model out of fused ONNX Runtime operators, without torch.
+
+The graph's contract (layout `calm`), which the engine relies on:
+
+- inputs `input_ids` int64 [batch, seq]; `seqlens_k` int32 [batch]: valid tokens after this step, minus 1;
+  `total_sequence_length` int32 []: the largest of these, plus 1; `past_key_values.L.key` and `.value`
+  float32 [batch, kv_heads, max_length, head_size];
+- outputs `present.L.key` and `.value`, of the same shape, meant to be bound to the memory of the inputs;
+  `logits` float32 [batch, 1, vocab]: of the last position only, so that prefill does not pay for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from shared.models import quantize
+from shared.models.manifest import Architecture
+
+Floats = NDArray[np.float32]
+Precision = Literal["fp32", "int8", "int4"]
+
+_MS = "com.microsoft"
+
+
+class DecoderBuilder:
+    """One graph in one precision. `weight(name)` gives a GGUF tensor as float32 in row-major [out, in]."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weight: Callable[[str], Floats | None],
+        precision: Precision,
+        *,
+        rms_epsilon: float,
+        rope_angles: Floats,
+        sensitive: Callable[[str], bool] = lambda _name: False,
+    ) -> None:
+        """`rope_angles` [context, head_size / 2]; `sensitive` names weights that stay at 8 bits in int4."""
+        self._a = architecture
+        self._weight = weight
+        self._precision = precision
+        self._epsilon = rms_epsilon
+        self._rope = rope_angles
+        self._sensitive = sensitive
+        self._nodes: list[onnx.NodeProto] = []
+        self._inits: list[onnx.TensorProto] = []
+
+    def save(self, folder: Path) -> None:
+        """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self._model()
+        onnx.save(
+            model, str(folder / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=True,
+            location="model.onnx.data", size_threshold=1024,
+        )  # fmt: skip
+
+    # --- pieces ---
+
+    def _init(self, name: str, value: NDArray[Any]) -> str:
+        self._inits.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def _node(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
+        name = next(o for o in outputs if o)
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=f"{name}.node", domain=domain, **attributes))
+        return name
+
+    def _need(self, name: str) -> Floats:
+        value = self._weight(name)
+        assert value is not None, name
+        return value
+
+    def _linear(self, x: str, weights: Floats, name: str) -> str:
+        """x [.., k] times weights [n, k] transposed, in this graph's precision."""
+        rows, columns = weights.shape
+        out = f"{name}.out"
+        if self._precision == "fp32":
+            return self._node("MatMul", [x, self._init(f"{name}.w", weights.T)], [out])
+        common = {"K": columns, "N": rows, "block_size": quantize.BLOCK, "accuracy_level": 4}
+        if self._precision == "int8" or self._sensitive(name):
+            values, scales = quantize.int8(weights)
+            inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
+            return self._node("MatMulNBits", inputs, [out], _MS, bits=8, **common)
+        packed, scales, zeros = quantize.int4(weights)
+        inputs = [
+            x, self._init(f"{name}.q", packed), self._init(f"{name}.s", scales), self._init(f"{name}.z", zeros)
+        ]  # fmt: skip
+        return self._node("MatMulNBits", inputs, [out], _MS, bits=4, **common)
+
+    def _embedding(self) -> str:
+        table = self._need("token_embd.weight")
+        if self._precision == "fp32":
+            return self._node("Gather", [self._init("embedding", table), "input_ids"], ["embedded"])
+        values, scales = quantize.int8(table)
+        self._init("embedding.q", values)
+        self._init("embedding.s", scales)
+        flat = self._node(
+            "Reshape",
+            ["embedding.q", self._init("embedding.shape", np.array(table.shape, np.int64))],
+            ["embedding.flat"],
+        )
+        return self._node(
+            "GatherBlockQuantized", [flat, "input_ids", "embedding.s"], ["embedded"], _MS,
+            gather_axis=0, quantize_axis=1, block_size=quantize.BLOCK, bits=8,
+        )  # fmt: skip
+
+    def _head(self, x: str) -> None:
+        last = self._node(
+            "Slice",
+            [x, self._init("last", np.array([-1], np.int64)), self._init("end", np.array([2**62], np.int64)),
+             self._init("one", np.array([1], np.int64))],
+            ["last_hidden"],
+        )  # fmt: skip
+        own = self._weight("output.weight")
+        a = self._a
+        if self._precision == "fp32":
+            # Gemm with transB reads the (tied) table as it lies: no transposed copy on disk.
+            table = "embedding" if own is None else self._init("head", own)
+            flat = self._node("Reshape", [last, self._init("rows", np.array([-1, a.hidden], np.int64))], ["last_flat"])
+            scores = self._node("Gemm", [flat, table], ["scores"], transB=1)
+            self._node("Unsqueeze", [scores, "one"], ["logits"])
+            return
+        inputs = [last, "embedding.q", "embedding.s"]
+        if own is not None:
+            values, scales = quantize.int8(own)
+            inputs = [last, self._init("head.q", values), self._init("head.s", scales)]
+        self._node(
+            "MatMulNBits", inputs, ["logits"], _MS,
+            K=a.hidden, N=a.vocab, bits=8, block_size=quantize.BLOCK, accuracy_level=4,
+        )  # fmt: skip
+
+    def _unpermute(self, weights: Floats, heads: int) -> Floats:
+        """GGUF stores q and k rotated in pairs; GroupQueryAttention wants halves."""
+        half = self._a.head_size // 2
+        return weights.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weights.shape)
+
+    def _layer(self, index: int, x: str, residual: str) -> tuple[str, str]:
+        """One block: `x` is the normalised input, `residual` the running sum; returns the next pair."""
+        a, p = self._a, f"layer{index}"
+
+        def get(name: str) -> Floats:
+            return self._need(f"blk.{index}.{name}.weight")
+
+        fused = np.concatenate(
+            [self._unpermute(get("attn_q"), a.heads), self._unpermute(get("attn_k"), a.kv_heads), get("attn_v")]
+        )
+        qkv = self._linear(x, fused, f"{p}.qkv")
+        past = [f"past_key_values.{index}.{side}" for side in ("key", "value")]
+        present = [f"present.{index}.{side}" for side in ("key", "value")]
+        attended = self._node(
+            "GroupQueryAttention",
+            [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos", "sin"],
+            [f"{p}.attended", *present], _MS,
+            num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1, rotary_interleaved=0,
+            scale=float(a.head_size**-0.5),
+        )  # fmt: skip
+        out = self._linear(attended, get("attn_output"), f"{p}.attn_output")
+        y, summed = self._skip_norm(residual, out, get("ffn_norm").ravel(), f"{p}.ffn")
+        gate = self._linear(y, get("ffn_gate"), f"{p}.ffn_gate")
+        up = self._linear(y, get("ffn_up"), f"{p}.ffn_up")
+        sigmoid = self._node("Sigmoid", [gate], [f"{p}.sigmoid"])
+        silu = self._node("Mul", [gate, sigmoid], [f"{p}.silu"])
+        product = self._node("Mul", [silu, up], [f"{p}.product"])
+        down = self._linear(product, get("ffn_down"), f"{p}.ffn_down")
+        last = index == a.layers - 1
+        following = "output_norm.weight" if last else f"blk.{index + 1}.attn_norm.weight"
+        return self._skip_norm(summed, down, self._need(following).ravel(), f"{p}.next", with_sum=not last)
+
+    def _skip_norm(self, residual: str, x: str, gain: Floats, name: str, *, with_sum: bool = True) -> tuple[str, str]:
+        outputs = [f"{name}.norm", "", "", f"{name}.sum"] if with_sum else [f"{name}.norm"]
+        self._node(
+            "SkipSimplifiedLayerNormalization", [residual, x, self._init(f"{name}.gain", gain)], outputs, _MS,
+            epsilon=self._epsilon,
+        )  # fmt: skip
+        return f"{name}.norm", f"{name}.sum"
+
+    def _model(self) -> onnx.ModelProto:
+        a = self._a
+        self._init("cos", np.cos(self._rope).astype(np.float32))
+        self._init("sin", np.sin(self._rope).astype(np.float32))
+        residual = self._embedding()
+        gain = self._init("first.gain", self._need("blk.0.attn_norm.weight").ravel())
+        x = self._node(
+            "SimplifiedLayerNormalization", [residual, gain], ["first.norm"],
+            epsilon=self._epsilon, axis=-1, stash_type=1,
+        )  # fmt: skip
+        for index in range(a.layers):
+            x, residual = self._layer(index, x, residual)
+        self._head(x)
+        cache = ["batch", a.kv_heads, "max_length", a.head_size]
+        sides = [f"{layer}.{side}" for layer in range(a.layers) for side in ("key", "value")]
+        value_info = helper.make_tensor_value_info
+        inputs = [
+            value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
+            value_info("seqlens_k", TensorProto.INT32, ["batch"]),
+            value_info("total_sequence_length", TensorProto.INT32, []),
+            *(value_info(f"past_key_values.{side}", TensorProto.FLOAT, cache) for side in sides),
+        ]
+        outputs = [
+            value_info("logits", TensorProto.FLOAT, ["batch", 1, a.vocab]),
+            *(value_info(f"present.{side}", TensorProto.FLOAT, cache) for side in sides),
+        ]
+        graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, self._inits)
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid(_MS, 1)]
+        model = helper.make_model(graph, opset_imports=opsets)
+        model.ir_version = 9
+        return model
