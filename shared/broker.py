@@ -53,9 +53,7 @@ class Broker:
         self._reader = reader
 
     @classmethod
-    async def start(
-        cls, folder: Path, *, host: str = "127.0.0.1", port: int = -1, timeout_s: float = 10.0
-    ) -> Broker:
+    async def start(cls, folder: Path, *, host: str = "127.0.0.1", port: int = -1, timeout_s: float = 10.0) -> Broker:
         """Start with its files in `folder`; port -1 takes a free one, read from the server's own output.
 
         Raises:

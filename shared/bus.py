@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 import nats
@@ -16,6 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
+from nats.js.api import PubAck
 
 from shared import codec, streams, subjects
 from shared import messages as m
@@ -128,11 +129,19 @@ class Bus:
             Overloaded: the queue behind the subject is full.
             BusUnavailable: no stream takes the subject.
         """
-        data = codec.pack(message)
         headers = {"Nats-Msg-Id": msg_id or uuid.uuid4().hex}
-        return await self._publish(subject, data, headers)
+        return (await self._publish(subject, codec.pack(message), headers)).seq
 
-    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> int:
+    async def publish_new(self, subject: str, message: msgspec.Struct, *, msg_id: str) -> bool:
+        """Publish durably; False when the broker has that message id from an earlier call and dropped this one.
+
+        Raises:
+            Overloaded: the queue behind the subject is full.
+        """
+        return not (await self._publish(subject, codec.pack(message), {"Nats-Msg-Id": msg_id})).duplicate
+
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> PubAck:
+        repeated = False
         while True:
             try:
                 ack = await self.js.publish(subject, data, headers=dict(headers))
@@ -140,13 +149,16 @@ class Bus:
                 await self.ensure()
             except (nats.errors.TimeoutError, nats.errors.OutboundBufferLimitError,
                     nats.js.errors.ServiceUnavailableError, nats.errors.ConnectionReconnectingError):  # fmt: skip
+                repeated = True
                 await asyncio.sleep(_RETRY_S)  # the broker is away; the message id makes the retry harmless
             except nats.js.errors.APIError as error:
                 if error.err_code == _QUEUE_FULL:
                     raise Overloaded("The queue is full.", "Try again later, or add workers.") from None
                 raise
             else:
-                return ack.seq
+                if repeated:
+                    ack.duplicate = False  # the earlier copy may be our own, with its acknowledgement lost
+                return ack
 
     async def claim(self, done: m.Done) -> bool:
         """Record how a query ended, unless that is already recorded. True when this call was the first.
@@ -204,10 +216,11 @@ class Bus:
         )
 
     async def ask(self, subject: str, message: msgspec.Struct, kind: type[T], timeout_s: float) -> T:
-        """Request and reply between services (MessagePack).
+        """Request and reply between services (MessagePack). `kind` is a message type of the catalogue.
 
         Raises:
             BusUnavailable: nobody listens, or no reply within `timeout_s`.
+            CalmError: the other side answered with a Failure; the class is the one that its code names.
         """
         try:
             reply = await self.nc.request(subject, codec.pack(message), timeout=timeout_s)
@@ -215,7 +228,10 @@ class Bus:
             raise BusUnavailable(f"Nobody listens on {subject}.", "Is the system up? See `calm up`.") from None
         except (TimeoutError, nats.errors.TimeoutError):
             raise BusUnavailable(f"No reply on {subject} within {timeout_s:g} s.", "See `calm status`.") from None
-        return codec.unpack(reply.data, kind)
+        answer: T | m.Failure = codec.unpack(reply.data, cast("type[T]", kind | m.Failure))
+        if isinstance(answer, m.Failure) and kind is not m.Failure:
+            raise codec.error_of(answer)
+        return cast("T", answer)
 
     # --- receiving ---
 

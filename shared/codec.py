@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from shared import messages as m
-from shared.errors import CalmError, InvalidQuery
+from shared.errors import CalmError, InvalidQuery, by_code
 
 T = TypeVar("T")
 
@@ -88,6 +88,14 @@ def decode_public(data: bytes, kind: type[T], encoding: str) -> T:
             f"The message is not valid {encoding}: {error}.",
             'Send a JSON object, for example {"prompt": "Hello"}.',
         ) from None
+
+
+def error_of(failure: m.Failure) -> CalmError:
+    """The typed error that a Failure stands for."""
+    error = by_code(failure.code)(failure.message, failure.remedy)
+    error.code = failure.code
+    error.retryable = failure.retryable
+    return error
 
 
 def failure_of(error: CalmError, query_id: str = "") -> m.Failure:

@@ -25,6 +25,7 @@ CalmError
 │   └── OperationTimeout     `operation_timeout`   a load or evict did not finish in time
 ├── DeviceUnavailable        `device_unavailable`  CUDA was asked for and is not what we got
 ├── SettingsInvalid          `settings_invalid`    an environment variable has a bad value
+├── NotReady                 `not_ready`           the system is starting, or its models are not there yet
 └── BusUnavailable           `bus_unavailable`     no NATS server, or nobody listens
 """
 
@@ -158,6 +159,22 @@ class SettingsInvalid(CalmError):
     code = "settings_invalid"
 
 
+class NotReady(CalmError):
+    code = "not_ready"
+    retryable = True
+
+
 class BusUnavailable(CalmError):
     code = "bus_unavailable"
     retryable = True
+
+
+def by_code(code: str) -> type[CalmError]:
+    """The error class that carries `code`; CalmError itself for a code that this version does not know."""
+    waiting: list[type[CalmError]] = [CalmError]
+    while waiting:
+        kind = waiting.pop()
+        if kind.code == code:
+            return kind
+        waiting.extend(kind.__subclasses__())
+    return CalmError

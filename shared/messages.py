@@ -331,6 +331,10 @@ class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
     device_class: str = ""
     batch_mean: float = 0.0
     """Sequences that ran beside it in a decode step, on average, itself included."""
+    energy_in_j: float = 0.0
+    """Of the answer's energy, what reading the prompt took; both are 0 where the worker does not know the split."""
+    energy_out_j: float = 0.0
+    """Of the answer's energy, what writing the answer took."""
     rejected: bool = False
     """True for bad input that was never accepted; kept for the statistics only."""
 
@@ -465,6 +469,8 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     """A model stays at least this long after it became ready."""
     idle_evict_s: float = 600.0
     """A model unused for this long is evicted; 0 keeps it for ever."""
+    worker_memory_bytes: int = 0
+    """Budget of a worker that sets none itself; 0 leaves it at 80 % of the device."""
     embedder: str = "minilm"
     """Model in the store that embeds queries and cards."""
     embedder_variant: str = "int8"
@@ -649,6 +655,14 @@ class Counts(_Internal, frozen=True, kw_only=True, tag="counts.v1"):
     evictions: int = 0
     lost: int = 0
     by_operation_reason: dict[str, int] = {}
+
+
+class Rejections(_Internal, frozen=True, kw_only=True, tag="rejections.v1"):
+    """`calm.telemetry.monitor.rejected`: bad input refused by one intake since its last report."""
+
+    counts: dict[str, int]
+    """By error code."""
+    at: float
 
 
 class Operations(_Internal, frozen=True, kw_only=True, tag="operations.v1"):

@@ -43,7 +43,8 @@ class Puller:
     An exception that leaves the handler is logged and the message handed back after a second.
 
     `room` says how many more messages may be taken right now; call `wake` when it has grown. A message that
-    arrives when there is no room is handed back at once, for another instance to take.
+    arrives when there is no room, nor any of the `slack` for requests that crossed with it, is handed back at once,
+    for another instance to take.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Puller:
         handler: Callable[[Msg], Awaitable[None]],
         limit: int = 64,
         room: Callable[[], int] | None = None,
+        slack: int = 0,
         ack_wait_s: float = 10.0,
         max_ack_pending: int = 20_000,
         log: Log | None = None,
@@ -67,6 +69,7 @@ class Puller:
         self._handler = handler
         self._limit = limit
         self._room = room
+        self._slack = slack
         self._ack_wait_s = ack_wait_s
         self._max_ack_pending = max_ack_pending
         self._log = log
@@ -175,7 +178,7 @@ class Puller:
             if request.left:
                 request.left -= 1
                 break
-        if self._stopping or self._free() <= 0:
+        if self._stopping or self._free() + self._slack <= 0:
             await message.nak()
             return
         task = asyncio.create_task(self._handle(message))
@@ -199,9 +202,7 @@ class Puller:
             await self._handler(message)
         except Exception as error:  # noqa: BLE001 the message goes back to the queue, and the reason to the log
             if self._log:
-                self._log.warning(
-                    "handler_failed", consumer=self._durable, error=repr(error), subject=message.subject
-                )
+                self._log.warning("handler_failed", consumer=self._durable, error=repr(error), subject=message.subject)
             with contextlib.suppress(nats.errors.Error):
                 await message.nak(delay=1)
 

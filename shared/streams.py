@@ -69,12 +69,8 @@ LIVENESS_S = 3.0
 """A worker's entry and a lease expire this long after their last refresh."""
 
 BUCKETS: tuple[KeyValueConfig, ...] = (
-    KeyValueConfig(
-        bucket=subjects.BUCKET_FLEET, history=1, direct=True, ttl=LIVENESS_S, storage=StorageType.MEMORY
-    ),
-    KeyValueConfig(
-        bucket=subjects.BUCKET_LEASES, history=1, direct=True, ttl=LIVENESS_S, storage=StorageType.MEMORY
-    ),
+    KeyValueConfig(bucket=subjects.BUCKET_FLEET, history=1, direct=True, ttl=LIVENESS_S, storage=StorageType.MEMORY),
+    KeyValueConfig(bucket=subjects.BUCKET_LEASES, history=1, direct=True, ttl=LIVENESS_S, storage=StorageType.MEMORY),
     KeyValueConfig(bucket=subjects.BUCKET_MODELS, history=1, direct=True, storage=StorageType.FILE),
 )
 

@@ -16,8 +16,10 @@ FAILED = "calm.queries.failed"
 DEAD = "calm.dead"
 DECISION_ROUTE = "calm.decision.route"
 DECISION_PLACEMENT = "calm.decision.placement"
+JOURNAL_ACCEPTED = "calm.journal.accepted"
 JOURNAL_OPERATION = "calm.journal.operation"
 QOS = "calm.telemetry.monitor.qos"
+REJECTED = "calm.telemetry.monitor.rejected"
 
 KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement")
 
@@ -128,10 +130,14 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(worker_request("<worker>", "evict"), "core request", (m.Evict, m.WorkerReply), "executor", "worker"),
     Entry(DECISION_ROUTE, f"JetStream {STREAM_JOURNAL}", (m.Route,), "planner", "monitor, planner"),
     Entry(DECISION_PLACEMENT, f"JetStream {STREAM_JOURNAL}", (m.Placement,), "planner", "monitor"),
+    Entry(JOURNAL_ACCEPTED, f"JetStream {STREAM_JOURNAL}", (m.Accepted,), "monitor", "monitor",
+          "the record of an acceptance, from every intake replica to the knowledge owner"),
     Entry(JOURNAL_OPERATION, f"JetStream {STREAM_JOURNAL}", (m.Operation,), "executor, worker", "monitor"),
     Entry(symptom("<kind>"), "core", (m.Symptom,), "analyzer, executor", "planner, monitor"),
     Entry(health("<service>"), "core, each second", (m.Heartbeat,), "all services", "`calm up`, `calm status`"),
     Entry(QOS, "core, each second", (m.Qos,), "monitor", "planner, analyzer"),
+    Entry(REJECTED, "core request, each second when there are any", (m.Rejections, m.Ok), "monitor", "monitor",
+          "from every intake replica to the knowledge owner"),
     Entry(knowledge("query"), "core request", (m.KnowledgeRequest, m.QueryRecord), "all", "monitor"),
     Entry(knowledge("recent"), "core request", (m.KnowledgeRequest, m.QueryRecords), "all", "monitor"),
     Entry(knowledge("counts"), "core request", (m.KnowledgeRequest, m.Counts), "all", "monitor"),
@@ -144,4 +150,6 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(kv(BUCKET_MODELS, POLICY_KEY), f"KV {BUCKET_MODELS}", (m.Policy,), "monitor", "all services"),
     Entry(kv(BUCKET_LEASES, "placement"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "planner", "planner",
           "the instance that plans residency"),
+    Entry(kv(BUCKET_LEASES, "knowledge"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "monitor", "monitor",
+          "the instance that owns the knowledge base"),
 )  # fmt: skip

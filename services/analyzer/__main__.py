@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shared.models.embedder import Embedder
-from shared.models.store import ModelStore
-
 from services.analyzer.decide.profile import Vectors
 from services.analyzer.service import Analyzer
 from shared import messages as m
+from shared.models.embedder import Embedder
+from shared.models.store import ModelStore
 from shared.runtime import Context, main
 
 

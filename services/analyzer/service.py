@@ -116,9 +116,7 @@ class Analyzer:
             tokens_in=tokens,
             tokens_out=PRIOR_TOKENS_OUT,
         )
-        stamped = msgspec.structs.replace(
-            accepted, stamps=m.stamp(accepted.stamps, analyzed=self._context.clock())
-        )
+        stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, analyzed=self._context.clock()))
         return m.Analyzed(accepted=stamped, profile=result)
 
     # --- knowledge ---

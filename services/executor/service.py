@@ -111,9 +111,7 @@ class Executor:
         deadline_s = accepted.deadline_at + GRACE_S - self._clock()
         ended, cancelled = (asyncio.create_task(e.wait()) for e in (entry.ended, entry.cancelled))
         try:
-            await asyncio.wait(
-                {ended, cancelled}, timeout=max(deadline_s, 0.0), return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({ended, cancelled}, timeout=max(deadline_s, 0.0), return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
             cancelled.cancel()
@@ -140,9 +138,7 @@ class Executor:
         self._log.info("dispatched", card=work.card, artifact=work.artifact, attempt=work.attempt)
         return sequence
 
-    async def _finish(
-        self, planned: m.Planned, error: CalmError, *, resend: bool = False, attempt: int = 0
-    ) -> None:
+    async def _finish(self, planned: m.Planned, error: CalmError, *, resend: bool = False, attempt: int = 0) -> None:
         accepted = planned.accepted
         failure = codec.failure_of(error, accepted.query_id)
         done = m.Done(

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nats.aio.msg import Msg
-from shared.lease import Lease
 
 from services.planner.decide import residency
 from services.planner.knowledge import Knowledge
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
+from shared.lease import Lease
 
 TICK_S = 0.5
 """Longest time between two passes; minimum residence and idle time pass without an event."""

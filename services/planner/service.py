@@ -89,9 +89,7 @@ class Planner:
         route = msgspec.structs.replace(route, decided_in_s=time.perf_counter() - began)
         decision = self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{accepted.query_id}-route")
         if route.order:
-            stamped = msgspec.structs.replace(
-                accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock())
-            )
+            stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock()))
             chosen = next(c for c in route.candidates if c.card == route.order[0])
             planned = m.Planned(accepted=stamped, route=route, tokens_out=chosen.terms.get("tokens_out", 128.0))
             await asyncio.gather(

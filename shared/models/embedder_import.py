@@ -99,6 +99,7 @@ def _quantize(source: Path, target: Path) -> None:
         str(target),
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul"],
+        reduce_range=True,  # 7-bit weights: without VNNI, AVX2 saturates on 8 (cosine .96 instead of .99)
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
 

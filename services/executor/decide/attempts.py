@@ -70,9 +70,7 @@ def next_rank(
     return ranks[0] if ranks else None
 
 
-def after_failure(
-    failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: Callable[[str], bool]
-) -> int | None:
+def after_failure(failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: Callable[[str], bool]) -> int | None:
     """The rank to try after a failed attempt; None when the query has failed for good."""
     if failed.failure.code in NOT_WORTH_REPEATING:
         return None

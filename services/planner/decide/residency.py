@@ -171,9 +171,7 @@ class _Pass:
     policy: m.Policy
     now: float
 
-    def place(
-        self, artifact: str, reason: str, actions: list[Action], only: _Room | None = None
-    ) -> dict[str, str]:
+    def place(self, artifact: str, reason: str, actions: list[Action], only: _Room | None = None) -> dict[str, str]:
         """4: put the artifact on the worker where that costs least; what stands in the way, if it cannot be."""
         spec = self.specs[artifact]
         choices: list[tuple[float, int, str, _Room, tuple[m.EngineState, ...]]] = []

@@ -45,9 +45,7 @@ def decide(analyzed: m.Analyzed, state: State, now: float) -> m.Route:
         _candidate(card, analyzed, state, weights, costs, cards.get(card.name), left_s)
         for card in sorted(state.cards.values(), key=lambda c: c.name)
     ]
-    standing = sorted(
-        (c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card)
-    )
+    standing = sorted((c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card))
     reason = _reason(query, standing, candidates)
     best = standing[0] if standing else None
     second = standing[1] if len(standing) > 1 else None

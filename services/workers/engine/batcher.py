@@ -153,6 +153,13 @@ class Batcher:
         self._remove(sequence)
         return True
 
+    def clear(self) -> list[str]:
+        """Drop every sequence, after a step that failed; their ids."""
+        ids = list(self._sequences)
+        for sequence in ids:
+            self._remove(sequence)
+        return ids
+
     def step(self) -> list[Event]:
         """Advance by one prompt piece and one token per running sequence; empty when there is nothing to do."""
         events: list[Event] = [*self._expire()]
@@ -168,7 +175,6 @@ class Batcher:
         ready = [s for s in running if s != prefilling]
         if ready:
             events += self._decode(before_j)
-        # Ends are told after energy has been shared out, so that a final step is paid for.
         return events
 
     # --- inside ---

@@ -1,0 +1,1 @@
+"""The monitor's deciders: admission and QoS windows."""

@@ -1,0 +1,191 @@
+"""The knowledge owner: opens the knowledge base while this process holds the lease, and closes it after."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.monitor.answers import Answers
+from services.monitor.learning import Learning
+from services.monitor.recorder import Recorder
+from services.monitor.registry import Registry
+from services.monitor.writer import Writer
+from shared import codec, subjects
+from shared import messages as m
+from shared.knowledge import rows
+from shared.knowledge.store import Store
+from shared.lease import Lease
+from shared.runtime import Context
+from shared.views import FleetView
+
+SAMPLE_S = 10.0
+"""Between two samples of a worker that are kept."""
+RETENTION_S = 3600.0
+RETRY_S = 1.0
+_DAY_S = 86400.0
+
+
+class Base:
+    """The parts that work on one open knowledge base."""
+
+    def __init__(self, context: Context, registry: Registry) -> None:
+        self._context = context
+        self._bus = context.bus
+        self._registry = registry
+        self._store = Store(context.settings.database_url)
+        self._writer = Writer(self._store)
+        self._learning = Learning(self._bus, self._store, self._writer, context.clock)
+        self._recorder = Recorder(
+            self._bus,
+            self._writer,
+            on_done=self._learning.on_done,
+            on_operation=self._learning.on_operation,
+            device_class=self._learning.device_class,
+            clock=context.clock,
+            log=context.log,
+        )
+        self._answers = Answers(self._bus, self._store, self._writer, self._learning, context.clock, context.log)
+        self._sampled: dict[str, float] = {}
+        self._symptoms: Subscription | None = None
+        self._retention: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return self._recorder.in_flight
+
+    async def start(self) -> None:
+        await self._store.open()
+        self._writer.start()
+        await self._learning.start()
+        await self._recorder.start()
+        self._symptoms = await self._bus.subscribe(subjects.symptom(">"), self._on_symptom)
+        await self._answers.start()
+        self.note_cards()
+        self._retention = asyncio.create_task(self._forget())
+
+    async def stop(self) -> None:
+        """Finish what is in hand, commit it, and close the database."""
+        timeout_s = self._context.settings.drain_s
+        if self._retention is not None:
+            self._retention.cancel()
+            await asyncio.gather(self._retention, return_exceptions=True)
+        if self._symptoms is not None:
+            with contextlib.suppress(Exception):
+                await self._symptoms.unsubscribe()
+        await self._answers.stop(timeout_s)
+        await self._recorder.stop(timeout_s)
+        await self._learning.stop()
+        await self._writer.stop()
+        await self._store.close()
+
+    def note_cards(self) -> None:
+        """Keep the cards as published."""
+        for card in (self._registry.cards or {}).values():
+            self._writer.note("models", rows.card(card, self._context.clock()))
+
+    def note_worker(self, state: m.WorkerState) -> None:
+        """Keep what a worker says of itself, every `SAMPLE_S`."""
+        self._learning.on_worker(state)
+        if state.at - self._sampled.get(state.worker, 0.0) >= SAMPLE_S:
+            self._sampled[state.worker] = state.at
+            self._writer.note("workers", rows.worker(state))
+            self._writer.note("device_samples", rows.sample(state))
+
+    async def _on_symptom(self, message: Msg) -> None:
+        self._writer.note("symptoms", rows.symptom(codec.unpack(message.data, m.Symptom)))
+
+    async def _forget(self) -> None:
+        while True:
+            try:
+                before = self._context.clock() - self._context.settings.retention_days * _DAY_S
+                if deleted := await self._store.forget(before):
+                    self._context.log.info("forgotten", rows=deleted)
+            except SQLAlchemyError as error:
+                self._context.log.warning("retention_failed", error=str(error))
+            await asyncio.sleep(RETENTION_S)
+
+
+class Owner:
+    """Wants the lease `knowledge`; has a `Base` while it holds it."""
+
+    def __init__(self, context: Context, registry: Registry) -> None:
+        self._context = context
+        self._log: Any = context.log
+        self._registry = registry
+        self._changed = asyncio.Event()
+        self._lease = Lease(
+            context.bus, "knowledge", context.instance, on_gain=self._changed.set, on_loss=self._changed.set
+        )
+        self._fleet = FleetView(context.bus, self._on_worker)
+        self._base: Base | None = None
+        self._task: asyncio.Task[None] | None = None
+        registry.on_publish(self._on_publish)
+
+    @property
+    def owns(self) -> bool:
+        return self._base is not None
+
+    @property
+    def in_flight(self) -> int:
+        return self._base.in_flight if self._base else 0
+
+    async def start(self) -> None:
+        await self._fleet.start()
+        await self._lease.start()
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Close the knowledge base, then release the lease for another monitor to take at once."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._close()
+        await self._lease.stop()
+
+    async def _run(self) -> None:
+        while True:
+            if self._lease.held and self._base is None:
+                if not await self._open():
+                    await asyncio.sleep(RETRY_S)  # what ails a database announces no end
+                    continue
+            elif not self._lease.held and self._base is not None:
+                self._log.warning("knowledge_lease_lost")
+                await self._close()
+            await self._changed.wait()
+            self._changed.clear()
+
+    async def _open(self) -> bool:
+        base = Base(self._context, self._registry)
+        try:
+            await base.start()
+        except (SQLAlchemyError, OSError) as error:
+            url = self._context.settings.database_url
+            self._log.error("knowledge_not_opened", url=url, error=str(error), remedy="Check CALM_HOME.")
+            await base.stop()
+            return False
+        except asyncio.CancelledError:
+            await base.stop()
+            raise
+        self._base = base
+        for state in self._fleet.workers():
+            base.note_worker(state)
+        self._log.info("knowledge_opened", url=self._context.settings.database_url)
+        return True
+
+    async def _close(self) -> None:
+        base, self._base = self._base, None
+        if base is not None:
+            await base.stop()
+
+    def _on_worker(self, state: m.WorkerState | None) -> None:
+        if state is not None and self._base is not None:
+            self._base.note_worker(state)
+
+    def _on_publish(self) -> None:
+        if self._base is not None:
+            self._base.note_cards()

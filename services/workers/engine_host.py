@@ -1,0 +1,375 @@
+"""The engine's side of NATS: pulls work for its artifact, runs it in the engine thread, streams, claims, acks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import nats.errors
+import psutil
+import structlog
+from nats.aio.msg import Msg
+
+from services.workers import timings
+from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finished, Request
+from services.workers.engine.energy import Meter
+from services.workers.protocol import Start, State
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus
+from shared.errors import CalmError, DeadlineExpired, EngineFailed
+from shared.puller import Puller
+from shared.settings import Settings
+
+ACK_WAIT_S = 3.0
+"""Work of an engine that has died is delivered again this long after its last sign of life."""
+MAX_DELIVERIES = 6
+"""Work delivered more often than this has ended its engine each time, and is given up."""
+HELD = 2
+"""Both priorities may ask for the last slot at once; what arrives beyond it waits here for the next one."""
+REPORT_S = 0.2
+
+
+@dataclass
+class _Job:
+    """One piece of work in this engine's hands."""
+
+    work: m.Work
+    attempt: int
+    pulled_at: float
+    slot_open_at: float
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+
+class EngineHost:
+    """Connects one `Batcher` to the work queue of its artifact."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: Settings,
+        start: Start,
+        batcher: Batcher,
+        meter: Meter,
+        report: Callable[[State], None],
+        log: Any,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._start = start
+        self._batcher = batcher
+        self._meter = meter
+        self._report = report
+        self._log = log
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._jobs: dict[str, _Job] = {}
+        self._taken = 0
+        self._cancelled: dict[str, None] = {}
+        self._wanted = threading.Condition()
+        self._incoming: list[Request] = []
+        self._outgoing: list[str] = []
+        self._halt = False
+        self._thread = threading.Thread(target=self._generate, name="engine", daemon=True)
+        self._ready_at = clock()
+        self._open_since = clock()
+        self._tokens_out = 0
+        self._tpot_s = 0.0
+        self._last_used = 0.0
+        self._process = psutil.Process()
+        self._reporter: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        spec = start.spec
+        self._pullers = [
+            Puller(
+                bus,
+                stream=subjects.STREAM_WORK,
+                durable=subjects.work_durable(spec.name, priority),
+                subject=subjects.work(spec.name, priority),
+                handler=self._on_work,
+                limit=spec.slots,
+                room=self._room if priority == "hi" else self._room_for_one,
+                slack=HELD,
+                ack_wait_s=ACK_WAIT_S,
+                log=log,
+            )
+            for priority in subjects.PRIORITIES
+        ]
+
+    async def start(self) -> None:
+        """Begin to pull."""
+        self._thread.start()
+        await self._bus.subscribe(subjects.cancel("*"), self._on_cancel)
+        self._open_since = self._ready_at = self._clock()
+        for puller in self._pullers:
+            await puller.start()
+        self._reporter = asyncio.create_task(self._report_changes())
+
+    async def stop(self, timeout_s: float) -> None:
+        """Take nothing new, finish what is in hand within `timeout_s`, hand back the rest."""
+        for puller in self._pullers:
+            await puller.stop_pulling()
+        await asyncio.gather(*(puller.stop(timeout_s) for puller in self._pullers))
+        with self._wanted:
+            self._halt = True
+            self._wanted.notify()
+        self._thread.join(timeout=5)
+        if self._reporter is not None:
+            self._reporter.cancel()
+            await asyncio.gather(self._reporter, return_exceptions=True)
+
+    # --- the engine thread ---
+
+    def _generate(self) -> None:
+        """Runs steps while there is anything to do, and sleeps on a condition otherwise."""
+        while True:
+            with self._wanted:
+                while not (self._halt or self._incoming or self._outgoing or self._batcher.active):
+                    self._wanted.wait()
+                if self._halt:
+                    return
+                incoming, self._incoming = self._incoming, []
+                outgoing, self._outgoing = self._outgoing, []
+            events: list[Event] = []
+            for query_id in outgoing:
+                self._batcher.cancel(query_id)
+            for request in incoming:
+                try:
+                    self._batcher.add(request)
+                except CalmError as error:
+                    events.append(Failed(request.id, error))
+            try:
+                events += self._batcher.step()
+            except Exception as error:  # noqa: BLE001 a step that fails takes its sequences with it, not the fleet
+                failure = EngineFailed(f"The engine failed: {error!r}.", "See the worker's log.")
+                ids = self._batcher.clear()
+                events += [Failed(query_id, failure) for query_id in ids]
+            if events:
+                self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            job = self._jobs.get(event.id)
+            if job is not None:
+                job.events.put_nowait(event)
+
+    def _submit(self, request: Request) -> None:
+        with self._wanted:
+            self._incoming.append(request)
+            self._wanted.notify()
+
+    def _withdraw(self, query_id: str) -> None:
+        with self._wanted:
+            self._outgoing.append(query_id)
+            self._wanted.notify()
+
+    # --- one piece of work ---
+
+    def _room(self) -> int:
+        return self._start.spec.slots - self._taken
+
+    def _room_for_one(self) -> int:
+        """Low priority asks for one at a time, so that it takes a free slot and never many."""
+        return min(1, self._room())
+
+    async def _on_work(self, message: Msg) -> None:
+        try:
+            work = codec.unpack(message.data, m.Work)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            await self._bus.dead(message.subject, message.data, str(error), service="worker", at=self._clock())
+            await message.term()
+            return
+        pulled_at, open_since = self._clock(), self._open_since
+        self._taken += 1
+        self._changed.set()
+        try:
+            with structlog.contextvars.bound_contextvars(query_id=work.query_id):
+                await self._serve(message, work, pulled_at, open_since)
+        finally:
+            if self._taken == self._start.spec.slots:
+                self._open_since = self._clock()
+            self._taken -= 1
+            self._last_used = self._clock()
+            self._changed.set()
+            for puller in self._pullers:
+                puller.wake()
+
+    async def _serve(self, message: Msg, work: m.Work, pulled_at: float, slot_open_at: float) -> None:
+        deliveries = message.metadata.num_delivered
+        attempt = work.attempt + deliveries - 1
+        job = _Job(work, attempt, pulled_at, slot_open_at)
+        if work.query_id in self._cancelled:
+            await message.ack()
+            return
+        if work.query_id in self._jobs:  # delivered again although it is being generated here
+            await message.nak(delay=1)
+            return
+        if deliveries > MAX_DELIVERIES:
+            error = EngineFailed(f"It was delivered {deliveries} times and never finished.", "See calm.dead.")
+            await self._give_up(job, error)
+            await message.ack()
+            return
+        self._jobs[work.query_id] = job
+        try:
+            self._submit(Request(work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at))
+            end = await self._stream(job)
+        except asyncio.CancelledError:
+            self._withdraw(work.query_id)
+            raise
+        finally:
+            self._jobs.pop(work.query_id, None)
+        if isinstance(end, Finished):
+            await self._finish(job, end, resend=deliveries > 1)
+        elif isinstance(end, Failed):
+            await self._give_up(job, end.error, resend=deliveries > 1)
+        await self._settle(message)
+
+    async def _stream(self, job: _Job) -> Finished | Failed | None:
+        """Send chunks as they come; the event that ended the sequence, or None when it was cancelled."""
+        accepted = job.work.planned.accepted
+        sequence = 0
+        while True:
+            text = ""
+            event = await job.events.get()
+            while True:
+                if isinstance(event, Delta):
+                    text += event.text
+                    if event.id in self._cancelled:
+                        return None
+                if isinstance(event, (Finished, Failed)) or job.events.empty():
+                    break
+                event = job.events.get_nowait()
+            if text and accepted.query.stream and accepted.reply:
+                chunk = m.Chunk(
+                    id=job.work.query_id, seq=sequence, attempt=job.attempt, text=text,
+                    restarted=sequence == 0 and job.attempt > 1,
+                )  # fmt: skip
+                await self._bus.reply(accepted.reply, chunk, accepted.encoding)
+                sequence += 1
+            if isinstance(event, (Finished, Failed)):
+                return event
+
+    async def _finish(self, job: _Job, end: Finished, *, resend: bool) -> None:
+        work, accepted = job.work, job.work.planned.accepted
+        times = timings.split(
+            {**work.stamps, "pulled": job.pulled_at},
+            engine_ready_at=self._ready_at,
+            slot_open_at=job.slot_open_at,
+            admitted_at=end.admitted_at,
+            first_token_at=end.first_token_at,
+            ended_at=end.ended_at,
+        )
+        answer = m.Answer(
+            id=work.query_id,
+            text=end.text,
+            model=work.card,
+            artifact=work.artifact,
+            worker=self._start.worker,
+            finish_reason=end.reason,
+            usage=m.Usage(tokens_in=end.tokens_in, tokens_out=end.tokens_out),
+            timings=times,
+            energy=m.Energy(joules=end.energy_in_j + end.energy_out_j, source=self._meter.source),
+            confidence=m.Confidence(
+                mean_logprob=end.mean_logprob, min_logprob=end.min_logprob, mean_entropy=end.mean_entropy
+            ),
+            attempt=job.attempt,
+            why=_why(work),
+        )
+        done = m.Done(
+            query_id=work.query_id,
+            answer=answer,
+            reply=accepted.reply,
+            encoding=accepted.encoding,
+            attempt=job.attempt,
+            stamps=m.stamp(
+                work.stamps,
+                pulled=job.pulled_at,
+                admitted=end.admitted_at,
+                first_token=end.first_token_at,
+                generated=end.ended_at,
+            ),
+            card=work.card,
+            artifact=work.artifact,
+            worker=self._start.worker,
+            device_class=self._start.device.device_class,
+            batch_mean=end.batch_mean,
+            energy_in_j=end.energy_in_j,
+            energy_out_j=end.energy_out_j,
+        )
+        await self._bus.finish(done, resend=resend)
+        self._tokens_out += end.tokens_out
+        if end.tokens_out > 1:
+            tpot = times.decode_s / (end.tokens_out - 1)
+            self._tpot_s = tpot if not self._tpot_s else 0.8 * self._tpot_s + 0.2 * tpot
+        self._log.info(
+            "answered",
+            card=work.card,
+            tokens_out=end.tokens_out,
+            total_s=round(times.total_s, 3),
+            overhead_s=round(times.overhead_s, 4),
+        )
+
+    async def _give_up(self, job: _Job, error: CalmError, *, resend: bool = False) -> None:
+        """A deadline ends the query here; for any other failure an executor decides what follows."""
+        work, accepted = job.work, job.work.planned.accepted
+        failure = codec.failure_of(error, work.query_id)
+        self._log.warning("attempt_failed", code=error.code, error=str(error))
+        if isinstance(error, DeadlineExpired):
+            done = m.Done(
+                query_id=work.query_id, failure=failure, reply=accepted.reply, encoding=accepted.encoding,
+                attempt=job.attempt, stamps=work.stamps, card=work.card, artifact=work.artifact,
+                worker=self._start.worker, device_class=self._start.device.device_class,
+            )  # fmt: skip
+            await self._bus.finish(done, resend=resend)
+            return
+        failed = m.AttemptFailed(
+            work=work, failure=failure, worker=self._start.worker, attempt=job.attempt, at=self._clock()
+        )
+        await self._bus.publish(subjects.FAILED, failed, msg_id=f"{work.query_id}-failed-{job.attempt}")
+
+    async def _settle(self, message: Msg) -> None:
+        try:
+            await message.ack_sync(timeout=2)
+        except (nats.errors.Error, TimeoutError):
+            await message.ack()  # the broker is away; the claim makes a redelivery harmless
+
+    async def _on_cancel(self, message: Msg) -> None:
+        query_id = message.subject.split(".", 2)[2]
+        self._cancelled[query_id] = None
+        while len(self._cancelled) > 10_000:
+            del self._cancelled[next(iter(self._cancelled))]
+        job = self._jobs.get(query_id)
+        if job is not None:
+            self._withdraw(query_id)
+            job.events.put_nowait(Delta(query_id, ""))
+
+    # --- reports ---
+
+    async def _report_changes(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            self._report(
+                State(
+                    active=self._taken,
+                    held=max(0, self._taken - self._start.spec.slots),
+                    tokens_out=self._tokens_out,
+                    tpot_s=self._tpot_s,
+                    last_used_at=self._last_used,
+                    measured_bytes=self._process.memory_info().rss,
+                )
+            )
+            await asyncio.sleep(REPORT_S)  # at most five reports a second
+
+
+def _why(work: m.Work) -> str:
+    route = work.planned.route
+    if work.rank == 0:
+        return route.why
+    return f"{work.card} took over after {route.order[work.rank - 1]} failed; {route.why}"

@@ -1,0 +1,299 @@
+"""The worker's supervisor: registers its device and memory, and obeys load and evict."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import msgspec
+import nats.errors
+import structlog
+from nats.aio.msg import Msg
+
+from services.workers import device as devices
+from services.workers.children import Child
+from services.workers.ledger import Ledger
+from services.workers.protocol import Start, State
+from shared import codec, subjects
+from shared import messages as m
+from shared.errors import CalmError, OperationTimeout, Overloaded
+from shared.runtime import Context
+from shared.settings import slug
+from shared.views import ModelsView
+
+REMEMBERED = 256
+"""Outcomes kept, so that a repeated command gets the same answer."""
+POLICY_WAIT_S = 5.0
+DEVICE_SHARE = 0.8
+
+
+@dataclass
+class _Engine:
+    spec: m.ArtifactSpec
+    state: m.EngineState
+    child: Child | None = None
+    draining: bool = False
+
+
+class Worker:
+    """One device, its memory budget, and an engine process per resident artifact."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._bus = context.bus
+        self._log = context.log
+        self._clock = context.clock
+        self._settings = context.settings
+        self.name = slug(context.settings.worker_id or context.settings.name)
+        self._models = ModelsView(self._bus)
+        self._device: m.Device
+        self._ledger: Ledger
+        self._engines: dict[str, _Engine] = {}
+        self._operations: OrderedDict[str, asyncio.Task[m.WorkerReply]] = OrderedDict()
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._started_at = self._clock()
+        self._register: asyncio.Task[None] | None = None
+        context.health.in_flight = lambda: sum(e.state.active for e in self._engines.values())
+        context.health.detail = lambda: ", ".join(f"{a} {e.state.state}" for a, e in sorted(self._engines.items()))
+
+    async def start(self) -> None:
+        self._device = await asyncio.to_thread(devices.probe, self._settings)
+        await self._models.start()
+        budget = self._settings.worker_memory or await self._budget_of_fleet()
+        budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
+        self._ledger = Ledger(budget)
+        self._log.info("device", kind=self._device.kind, name=self._device.name, budget_bytes=budget)
+        await self._bus.subscribe(subjects.worker_request(self.name, "load"), self._on_load)
+        await self._bus.subscribe(subjects.worker_request(self.name, "evict"), self._on_evict)
+        self._bus.on_reconnect(self._changed.set)
+        self._register = asyncio.create_task(self._keep_registered())
+
+    async def stop(self) -> None:
+        self._stopping = True
+        for engine in self._engines.values():
+            engine.draining = True
+        await self._publish()
+        children = [e.child for e in self._engines.values() if e.child is not None]
+        await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children))
+        if self._register is not None:
+            self._register.cancel()
+            await asyncio.gather(self._register, return_exceptions=True)
+        key = subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name))
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            await self._bus.nc.request(key, b"", timeout=1, headers={"KV-Operation": "DEL"})
+        for task in [*self._tasks, *self._operations.values()]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._operations.values(), return_exceptions=True)
+
+    async def _budget_of_fleet(self) -> int:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLICY_WAIT_S):
+                await self._models.ready.wait()
+        return self._models.policy.worker_memory_bytes if self._models.policy else 0
+
+    # --- registration ---
+
+    def _state(self) -> m.WorkerState:
+        return m.WorkerState(
+            worker=self.name,
+            host=socket.gethostname(),
+            device=self._device,
+            budget_bytes=self._ledger.budget_bytes,
+            engines=[e.state for _, e in sorted(self._engines.items())],
+            draining=self._stopping,
+            started_at=self._started_at,
+            at=self._clock(),
+            version=_version(),
+        )
+
+    async def _publish(self) -> None:
+        with contextlib.suppress(nats.errors.Error):
+            await self._bus.nc.publish(
+                subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name)), codec.pack(self._state())
+            )
+
+    async def _keep_registered(self) -> None:
+        while True:
+            await self._publish()
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._changed.wait()
+                    await asyncio.sleep(0.02)  # several changes at once become one message
+
+    # --- operations ---
+
+    async def _on_load(self, message: Msg) -> None:
+        self._operate(message, codec.unpack(message.data, m.Load))
+
+    async def _on_evict(self, message: Msg) -> None:
+        self._operate(message, codec.unpack(message.data, m.Evict))
+
+    def _operate(self, message: Msg, command: m.Load | m.Evict) -> None:
+        """Start the operation, or join the one of the same id; reply when it has ended."""
+        operation = self._operations.get(command.op_id)
+        if operation is None:
+            operation = asyncio.create_task(self._run(command))
+            self._operations[command.op_id] = operation
+            while len(self._operations) > REMEMBERED and next(iter(self._operations.values())).done():
+                self._operations.popitem(last=False)
+        task = asyncio.create_task(self._reply(message, operation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reply(self, message: Msg, operation: asyncio.Task[m.WorkerReply]) -> None:
+        reply = await asyncio.shield(operation)
+        await self._bus.nc.publish(message.reply, codec.pack(reply))
+
+    async def _run(self, command: m.Load | m.Evict) -> m.WorkerReply:
+        began = time.perf_counter()
+        size, failure = 0, None
+        with structlog.contextvars.bound_contextvars(op_id=command.op_id):
+            try:
+                size = await (self._load(command) if isinstance(command, m.Load) else self._evict(command))
+            except CalmError as error:
+                failure = codec.failure_of(error)
+                self._log.warning("operation_failed", code=error.code, error=str(error))
+        return m.WorkerReply(
+            op_id=command.op_id,
+            ok=failure is None,
+            failure=failure,
+            seconds=time.perf_counter() - began,
+            bytes=size,
+        )
+
+    async def _load(self, command: m.Load) -> int:
+        spec = command.spec
+        await self._await_others(command)
+        async with self._locks.setdefault(spec.name, asyncio.Lock()):
+            if self._stopping:
+                raise Overloaded("The worker is leaving.", "Use another worker.")
+            engine = self._engines.get(spec.name)
+            if engine is not None and engine.state.state == "ready":
+                return spec.footprint_bytes
+            self._ledger.reserve(spec.name, spec.footprint_bytes)
+            engine = _Engine(
+                spec,
+                m.EngineState(
+                    artifact=spec.name, state="loading", footprint_bytes=spec.footprint_bytes, slots=spec.slots
+                ),
+            )
+            self._engines[spec.name] = engine
+            self._changed.set()
+            try:
+                await self._bring_up(engine, command.expires_at)
+            except BaseException:
+                if engine.child is not None:
+                    engine.draining = True
+                    engine.child.kill()
+                    await engine.child.ended.wait()
+                self._forget(spec.name)
+                raise
+        return spec.footprint_bytes
+
+    async def _bring_up(self, engine: _Engine, expires_at: float) -> None:
+        spec = engine.spec
+        start = Start(worker=self.name, spec=spec, device=self._device)
+        engine.child = await Child.spawn(start, lambda state: self._on_state(engine, state))
+        ready = await engine.child.wait_ready(max(expires_at - self._clock(), 1.0))
+        now = self._clock()
+        engine.state = msgspec.structs.replace(
+            engine.state, state="ready", measured_bytes=ready.measured_bytes, loaded_at=now, last_used_at=now,
+            load_s=ready.load_s, pid=engine.child.pid,
+        )  # fmt: skip
+        self._log.info("loaded", artifact=spec.name, load_s=round(ready.load_s, 3), provider=ready.provider)
+        await self._publish()
+        watch = asyncio.create_task(self._watch(engine))
+        self._tasks.add(watch)
+        watch.add_done_callback(self._tasks.discard)
+
+    async def _evict(self, command: m.Evict) -> int:
+        async with self._locks.setdefault(command.artifact, asyncio.Lock()):
+            engine = self._engines.get(command.artifact)
+            if engine is None or engine.child is None:
+                return 0
+            engine.draining = True
+            engine.state = msgspec.structs.replace(engine.state, state="draining")
+            await self._publish()
+            await engine.child.drain(self._settings.drain_s)
+            size = self._forget(command.artifact)
+            self._log.info("evicted", artifact=command.artifact, reason=command.reason)
+            await self._publish()
+            return size
+
+    async def _await_others(self, command: m.Load) -> None:
+        """Wait for the operations that must have ended first; one that is not known here has."""
+        others = [self._operations[op_id] for op_id in command.after if op_id in self._operations]
+        missing = [op_id for op_id in command.after if op_id not in self._operations]
+        try:
+            async with asyncio.timeout(max(command.expires_at - self._clock(), 0.0)):
+                for op_id in missing:  # published before this one, it may be delivered after it
+                    others += await self._arrival(op_id)
+                for other in others:
+                    await asyncio.shield(other)
+        except TimeoutError:
+            raise OperationTimeout("The evictions before this load took too long.", "It is planned anew.") from None
+
+    async def _arrival(self, op_id: str) -> list[asyncio.Task[m.WorkerReply]]:
+        for _ in range(50):  # at most a second: two commands on their way at once, no event between them
+            if op_id in self._operations:
+                return [self._operations[op_id]]
+            await asyncio.sleep(0.02)
+        return []
+
+    # --- engines ---
+
+    def _on_state(self, engine: _Engine, report: State) -> None:
+        state: Literal["ready", "draining"] = "draining" if engine.draining else "ready"
+        if engine.state.state == "loading":
+            return
+        engine.state = msgspec.structs.replace(
+            engine.state, state=state, active=report.active, held=report.held, tokens_out=report.tokens_out,
+            tpot_s=report.tpot_s, last_used_at=max(report.last_used_at, engine.state.loaded_at),
+            measured_bytes=report.measured_bytes,
+        )  # fmt: skip
+        self._changed.set()
+
+    async def _watch(self, engine: _Engine) -> None:
+        """Notice an engine that ends by itself."""
+        assert engine.child is not None
+        await engine.child.ended.wait()
+        if engine.draining or self._engines.get(engine.spec.name) is not engine:
+            return
+        code = engine.child.returncode
+        size = self._forget(engine.spec.name)
+        self._log.error("engine_lost", artifact=engine.spec.name, status=code)
+        await self._publish()
+        detail = f"the engine process ended with status {code}"
+        operation = m.Operation(
+            op_id=uuid.uuid4().hex, kind="lost", worker=self.name, artifact=engine.spec.name, ok=False,
+            reason="engine_lost", failure=m.Failure(code="engine_lost", message=detail, retryable=True),
+            bytes=size, at=self._clock(),
+        )  # fmt: skip
+        await self._bus.publish(subjects.JOURNAL_OPERATION, operation, msg_id=operation.op_id)
+        symptom = m.Symptom(
+            kind="engine_lost", subject=engine.spec.name, detail=f"{self.name}: {detail}", at=operation.at
+        )
+        await self._bus.send(subjects.symptom(symptom.kind), symptom)
+
+    def _forget(self, artifact: str) -> int:
+        self._engines.pop(artifact, None)
+        self._changed.set()
+        return self._ledger.release(artifact)
+
+
+def _version() -> str:
+    try:
+        return version("calm-fleet")
+    except PackageNotFoundError:
+        return ""
