@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from shared.errors import BusUnavailable
+from shared.processes import bound_to_parent, send
 from shared.settings import Settings
 
 MAX_PAYLOAD = 8 * 2**20
@@ -65,6 +66,7 @@ class Broker:
         process = await asyncio.create_subprocess_exec(
             str(binary()), "-c", str(file),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+            preexec_fn=bound_to_parent(),
         )  # fmt: skip
         printed: list[str] = []
         found: int | None = None
@@ -79,8 +81,7 @@ class Broker:
                     if "Server is ready" in line:
                         break
         if found is None or process.returncode is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            send(process, signal.SIGKILL)
             await process.wait()
             raise BusUnavailable(
                 f"nats-server did not start: {' | '.join(printed[-3:])}",
@@ -95,19 +96,18 @@ class Broker:
     async def stop(self, timeout_s: float = 5.0) -> None:
         """SIGTERM, then SIGKILL after `timeout_s`."""
         if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
+            send(self.process, signal.SIGTERM)
             try:
                 await asyncio.wait_for(self.process.wait(), timeout_s)
             except TimeoutError:
-                self.process.kill()
+                send(self.process, signal.SIGKILL)
                 await self.process.wait()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
 
     async def kill(self) -> None:
         """SIGKILL, for fault tests."""
-        self.process.kill()
+        send(self.process, signal.SIGKILL)
         await self.process.wait()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)

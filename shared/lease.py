@@ -16,6 +16,7 @@ from nats.aio.subscription import Subscription
 from shared import subjects
 from shared.bus import Bus
 from shared.streams import LIVENESS_S
+from shared.tasks import end
 
 REFRESH_S = 1.0
 """Between two refreshes, and between two attempts to gain a lease that another holds."""
@@ -68,9 +69,7 @@ class Lease:
     async def stop(self) -> None:
         """Release the lease at once, if it is held, so that another can gain it without waiting."""
         self._running = False
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end([self._task])
         if self._subscription is not None:
             with contextlib.suppress(nats.errors.Error):
                 await self._subscription.unsubscribe()

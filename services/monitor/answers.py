@@ -22,6 +22,7 @@ from shared.bus import Bus
 from shared.errors import CalmError, InvalidQuery, NotFound, NotReady
 from shared.knowledge import reads, rows
 from shared.knowledge.store import Store
+from shared.tasks import end
 
 AT_ONCE = 16
 """Requests answered at the same time; each may hold a database connection."""
@@ -65,9 +66,7 @@ class Answers:
                 await asyncio.wait_for(subscription.drain(), timeout_s)  # type: ignore[no-untyped-call]
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
     async def _listen(self, subject: str, answer: Callable[[Msg], Awaitable[msgspec.Struct]]) -> None:
         async def on_message(message: Msg) -> None:

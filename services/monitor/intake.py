@@ -19,6 +19,7 @@ from shared import messages as m
 from shared.bus import Bus
 from shared.errors import BusUnavailable, CalmError, Overloaded
 from shared.runtime import Health
+from shared.tasks import end
 
 AT_ONCE = 256
 """Queries being stored at the same time; 64 saturate the broker's file storage (43 k/s measured)."""
@@ -68,9 +69,7 @@ class Intake:
                 await asyncio.wait_for(self._subscription.drain(), timeout_s)  # type: ignore[no-untyped-call]
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         await self._resubmitted.stop()
 
     async def _on_query(self, message: Msg) -> None:

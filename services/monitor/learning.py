@@ -12,6 +12,7 @@ from shared import messages as m
 from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
+from shared.tasks import end
 
 PUBLISH_S = 1.0
 REPEAT_S = 5.0
@@ -54,8 +55,7 @@ class Learning:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])
             self._keep()
 
     # --- what happened ---

@@ -21,6 +21,7 @@ from shared.knowledge import rows
 from shared.knowledge.store import Store
 from shared.lease import Lease
 from shared.runtime import Context
+from shared.tasks import end
 from shared.views import FleetView
 
 SAMPLE_S = 10.0
@@ -71,9 +72,7 @@ class Base:
     async def stop(self) -> None:
         """Finish what is in hand, commit it, and close the database."""
         timeout_s = self._context.settings.drain_s
-        if self._retention is not None:
-            self._retention.cancel()
-            await asyncio.gather(self._retention, return_exceptions=True)
+        await end([self._retention])
         if self._symptoms is not None:
             with contextlib.suppress(Exception):
                 await self._symptoms.unsubscribe()
@@ -141,9 +140,7 @@ class Owner:
 
     async def stop(self) -> None:
         """Close the knowledge base, then release the lease for another monitor to take at once."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end([self._task])
         await self._close()
         await self._lease.stop()
 

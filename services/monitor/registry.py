@@ -16,6 +16,7 @@ from shared.bus import Bus
 from shared.errors import ModelError
 from shared.models import fleet_file
 from shared.models.fleet import FleetFile
+from shared.tasks import end
 
 RETRY_S = 2.0
 """Another process fills the model store, and a folder announces nothing: look again after this long."""
@@ -48,9 +49,7 @@ class Registry:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end([self._task])
 
     async def _run(self) -> None:
         while True:

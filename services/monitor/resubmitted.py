@@ -13,6 +13,7 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError, DeadlineExpired, NotReady
+from shared.tasks import end
 
 
 class Resubmitted:
@@ -39,9 +40,7 @@ class Resubmitted:
     async def stop(self) -> None:
         """Tell those who still wait to ask again: another monitor can follow for them."""
         waiting = dict(self._tasks)
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await end(waiting)
         for accepted in waiting.values():
             stopping = NotReady("The monitor that waited for this query is stopping.", "Send it again, same id.")
             await self._fail(accepted, stopping)

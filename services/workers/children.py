@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import signal
 import sys
 from collections.abc import Callable
@@ -14,10 +13,10 @@ import msgspec
 from services.workers.protocol import Command, Drain, Ready, Refused, Report, Start, State
 from shared.codec import error_of
 from shared.errors import EngineLost, OperationTimeout
+from shared.processes import bound_to_parent, send
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Report).decode
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -40,7 +39,7 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=bound_to_parent(),
         )
         child = cls(process, on_state)
         await child.tell(start)
@@ -87,8 +86,7 @@ class Child:
                 self.kill(number)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        send(self._process, number)
 
     async def _read(self) -> None:
         assert self._process.stdout is not None
@@ -110,7 +108,3 @@ class Child:
             )
         self.ready.exception()  # retrieved, in case nobody waits any more
         self.ended.set()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -74,7 +74,7 @@ def test_a_good_file_loads(tmp_path: Path) -> None:
     assert fleet.cards[1].domains == {"law": 0.7, "health": 0.2}
     assert fleet.qos.latency_slo_s == 3.0
     policy = fleet_file.policy(fleet)
-    assert policy == m.Policy(fleet="demo", latency_slo_s=3.0)
+    assert policy == m.Policy(fleet="demo", latency_slo_s=3.0, worker_memory_bytes=1_000_000_000)
 
 
 def test_a_bare_name_means_a_fleet_that_comes_with_calm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,90 @@
+"""`calm explain`: a decision with every candidate, its terms, and what would have changed it."""
+
+from __future__ import annotations
+
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus
+from shared.errors import NotFound
+from shared.settings import Settings
+
+_STEPS = ("received", "accepted", "analyzed", "planned", "dispatched", "pulled", "admitted", "first_token", "generated")
+
+
+async def explain(query_id: str | None, settings: Settings, *, as_json: bool) -> int:
+    """Print what is known about a query (the latest one when no id is given)."""
+    bus = await Bus.connect(settings, "calm-explain", wait=False)
+    try:
+        if query_id is None:
+            ask = m.KnowledgeRequest(limit=1)
+            recent = await bus.ask(subjects.knowledge("recent"), ask, m.QueryRecords, 5.0)
+            if not recent.records:
+                raise NotFound("No query has been recorded yet.", 'Ask one: calm ask "..."')
+            query_id = recent.records[0].query_id
+        record = await bus.ask(subjects.knowledge("query"), m.KnowledgeRequest(id=query_id), m.QueryRecord, 5.0)
+    finally:
+        await bus.close()
+    print(codec.to_json(record).decode() if as_json else render(record))
+    return 0
+
+
+def render(record: m.QueryRecord) -> str:
+    """The record as text."""
+    lines = [f"query {record.query_id}: {record.state}"]
+    if record.query is not None:
+        prompt = record.query.prompt or (record.query.messages or [m.ChatMessage(role="user", content="")])[-1].content
+        lines.append(f"  {prompt[:160]!r}")
+    if record.route is not None:
+        lines += _route(record.route)
+    if record.done is not None:
+        lines += _end(record.done)
+    lines += [f"feedback {f.score:g}" + (f" ({f.label})" if f.label else "") for f in record.feedback]
+    return "\n".join(lines)
+
+
+def _route(route: m.Route) -> list[str]:
+    weights = ", ".join(f"{name} {value:g}" for name, value in route.weights.items())
+    domains = sorted(route.domains.items(), key=lambda item: -item[1])[:3]
+    lines = [
+        "",
+        f"decision: {route.reason} - {route.why}",
+        f"  by {route.planner} in {route.decided_in_s * 1e3:.2f} ms, knowledge version {route.knowledge_version}",
+        f"  weights: {weights}",
+        "  domains: " + ", ".join(f"{name} {p:.2f}" for name, p in domains),
+    ]
+    if route.flip:
+        lines.append(f"  {route.flip}")
+    lines += ["", f"  {'card':22}{'artifact':24}{'utility':>8}{'quality':>9}{'latency':>10}{'energy':>9}"]
+    order = {card: rank for rank, card in enumerate(route.order)}
+    for c in sorted(route.candidates, key=lambda c: order.get(c.card, 999)):
+        if c.excluded:
+            lines.append(f"  {c.card:22}{c.artifact:24}  excluded: {c.excluded}")
+        else:
+            lines.append(
+                f"  {c.card:22}{c.artifact:24}{c.utility:8.3f}{c.quality:9.3f}{c.latency_s:8.2f} s{c.energy_j:7.1f} J"
+            )
+        terms = ", ".join(f"{name} {value:.3g}" for name, value in c.terms.items())
+        if terms:
+            lines.append(f"      {terms}")
+    return lines
+
+
+def _end(done: m.Done) -> list[str]:
+    lines = [""]
+    if done.failure is not None:
+        lines.append(f"ended as {done.failure.code}: {done.failure.message} {done.failure.remedy}")
+    if done.answer is not None:
+        a, t = done.answer, done.answer.timings
+        estimated = " estimated" if a.energy.estimated else ""
+        lines += [
+            f"answered by {a.model} on {a.worker} (attempt {a.attempt}): {a.usage.tokens_in} tokens in,"
+            f" {a.usage.tokens_out} out, {a.energy.joules:.1f} J{estimated}, mean log-probability"
+            f" {a.confidence.mean_logprob:.2f}",
+            f"  load {t.load_s:.3f} s, queue {t.queue_s:.3f} s, prefill {t.prefill_s:.3f} s,"
+            f" decode {t.decode_s:.3f} s, overhead {t.overhead_s:.4f} s, total {t.total_s:.3f} s",
+        ]
+    present = [(name, done.stamps[name]) for name in _STEPS if name in done.stamps]
+    if present:
+        start = present[0][1]
+        lines.append("  " + ", ".join(f"{name} +{(at - start) * 1e3:.1f} ms" for name, at in present))
+    return lines

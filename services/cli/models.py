@@ -1,0 +1,66 @@
+"""`calm models` and `calm fleet check`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+
+from services.cli.progress import Bars
+from shared.models import pull
+from shared.models.fleet_file import load_fleet
+from shared.models.manifest import Manifest
+from shared.models.store import ModelStore
+from shared.settings import Settings, format_bytes
+
+
+def models(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Run one action on the model store."""
+    store = ModelStore(settings.models_path)
+    match arguments.action:
+        case "pull":
+            pull_fleet(arguments.fleet or settings.fleet, store, settings)
+        case "add":
+            wanted = pull.Wanted(
+                arguments.name, arguments.source, arguments.licence,
+                tuple(v.strip() for v in arguments.variants.split(",")), arguments.sha256,
+            )  # fmt: skip
+            with Bars() as bars:
+                manifest = pull.pull(wanted, store, bars, hub=settings.hub_url, token=settings.hub_token)
+            print(_line(manifest))
+        case "list":
+            found = store.list()
+            print("\n".join(_line(manifest) for manifest in found) or "The store is empty: run `calm models pull`.")
+        case "show":
+            print(msgspec.json.format(msgspec.json.encode(store.get(arguments.name)), indent=2).decode())
+        case "rm":
+            store.remove(arguments.name)
+            print(f"removed {arguments.name}")
+        case "verify":
+            store.verify(arguments.name)
+            print(f"{arguments.name}: every file is what the manifest says")
+    return 0
+
+
+def pull_fleet(fleet: str, store: ModelStore, settings: Settings) -> None:
+    """Bring everything that a fleet needs into the store, showing progress."""
+    wanted = pull.missing(pull.wanted_by(load_fleet(fleet)), store)
+    if not wanted:
+        print("every model of the fleet is in the store", file=sys.stderr)
+        return
+    with Bars() as bars:
+        for one in wanted:
+            pull.pull(one, store, bars, hub=settings.hub_url, token=settings.hub_token)
+
+
+def check_fleet(file: str) -> int:
+    """Validate a fleet file; raises FleetFileInvalid."""
+    fleet = load_fleet(file)
+    print(f"{fleet.fleet.name}: {len(fleet.cards)} cards over {len(fleet.models)} models, no errors")
+    return 0
+
+
+def _line(manifest: Manifest) -> str:
+    sizes = ", ".join(f"{v.name} {format_bytes(v.weights_bytes)}" for v in manifest.variants)
+    return f"{manifest.name:24} {manifest.kind:10} {manifest.licence or 'licence not stated':14} {sizes}"

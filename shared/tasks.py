@@ -1,0 +1,25 @@
+"""Ending background tasks for certain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+_AGAIN_S = 0.2
+
+
+async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel tasks and wait until each has ended; what they raise is dropped.
+
+    Before Python 3.12 `asyncio.wait_for`, which every NATS request goes through, swallows a cancellation that
+    meets the reply, and a loop cancelled once would go on for ever: so a task is cancelled until it has ended.
+    """
+    pending = {task for task in tasks if task is not None}
+    while pending:
+        for task in pending:
+            task.cancel()
+        finished, pending = await asyncio.wait(pending, timeout=_AGAIN_S)
+        for task in finished:
+            if not task.cancelled():
+                task.exception()  # seen, so that it is not reported as never retrieved
