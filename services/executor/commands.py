@@ -50,7 +50,9 @@ class Commands:
     async def _on_command(self, message: Msg) -> None:
         kind = message.subject.split(".")[2]
         try:
-            command = codec.unpack(message.data, m.Load if kind == "load" else m.Evict)
+            command: m.Load | m.Evict = (
+                codec.unpack(message.data, m.Load) if kind == "load" else codec.unpack(message.data, m.Evict)
+            )
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             await self._bus.dead(message.subject, message.data, str(error), service="executor", at=self._clock())
             await message.term()

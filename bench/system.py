@@ -1,0 +1,63 @@
+"""Starts the whole system for a benchmark, as a user would, and stops it again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from shared.settings import Settings
+
+READY_S = 600.0
+"""Includes fetching the models, where they are not in the store yet."""
+
+
+@contextlib.asynccontextmanager
+async def running(*, workers: int, fleet: str, memory: str = "", home: Path | None = None) -> AsyncIterator[str]:
+    """`calm up` in a home of its own with the user's model store; gives the NATS URL.
+
+    Raises:
+        RuntimeError: it did not become ready; holds what it printed.
+    """
+    store = Settings.from_env().models_path
+    folder = home or Path(tempfile.mkdtemp(prefix="calm-bench-"))
+    options = ["--port", "0", "--workers", str(workers), "--home", str(folder), "--fleet", fleet]
+    if memory:
+        options += ["--memory", memory]
+    environment = {k: v for k, v in os.environ.items() if k != "CALM_NATS_URL"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.cli", "up", *options,
+        env={**environment, "CALM_MODELS_DIR": str(store)}, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    printed: list[str] = []
+    ready = asyncio.Event()
+
+    async def read() -> None:
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            printed.append(raw.decode().rstrip())
+            if printed[-1].startswith("ready:"):
+                ready.set()
+        ready.set()
+
+    reader = asyncio.create_task(read())
+    try:
+        async with asyncio.timeout(READY_S):
+            await ready.wait()
+        if process.returncode is not None:
+            raise RuntimeError("calm up did not start: " + " | ".join(printed[-5:]))
+        yield (folder / "run" / "nats_url").read_text().strip()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+            await asyncio.wait_for(process.wait(), 60)
+        reader.cancel()
+        if home is None:
+            shutil.rmtree(folder, ignore_errors=True)
