@@ -113,9 +113,9 @@ class Bus:
 
     async def close(self) -> None:
         """Flush what is buffered and close, within 2 s."""
-        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
             await asyncio.wait_for(self.nc.flush(), 2)
-        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
             await asyncio.wait_for(self.nc.close(), 2)
 
     # --- sending ---

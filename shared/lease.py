@@ -49,6 +49,7 @@ class Lease:
         self._until = 0.0
         self._told = False
         self._not_before = 0.0
+        self._unsure = False
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._subscription: Subscription | None = None
@@ -71,11 +72,11 @@ class Lease:
         self._running = False
         await end([self._task])
         if self._subscription is not None:
-            with contextlib.suppress(nats.errors.Error):
+            with contextlib.suppress(nats.errors.Error, OSError):
                 await self._subscription.unsubscribe()
         if self.held:
             headers = {_EXPECTED: str(self._revision), "KV-Operation": "DEL"}
-            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
                 await self._bus.js.publish(self._subject, b"", headers=headers, timeout=1)
         self._lose()
 
@@ -87,6 +88,7 @@ class Lease:
         # The bucket may have vanished with the broker while another instance still counts on its entry.
         if self._running and not self.held:
             self._not_before = time.monotonic() + LIVENESS_S
+        self._unsure = True
         self._wake.set()
 
     async def _run(self) -> None:
@@ -102,23 +104,25 @@ class Lease:
 
     async def _attempt(self) -> None:
         """Refresh the lease when it is held, else try to gain it."""
-        began = time.monotonic()
         try:
+            if self._unsure:
+                # Subscribers to the entry count as listeners, so a missing bucket shows as a timeout only.
+                async with asyncio.timeout(LIVENESS_S):
+                    await self._bus.ensure()
+                self._unsure = False
+            began = time.monotonic()
             expected = self._revision if self.held else await self._free_at()
             if expected is None or began < self._not_before:
                 return
             ack = await self._bus.js.publish(
                 self._subject, self._token, headers={_EXPECTED: str(expected)}, timeout=REFRESH_S
             )
-        except nats.js.errors.NoStreamResponseError:
-            await self._bus.ensure()
-            self._wake.set()
         except nats.js.errors.APIError:  # another instance wrote it, or the broker lost the bucket
             if self.held:
                 self._lose()
                 self._wake.set()
-        except (TimeoutError, nats.errors.Error):
-            return  # the broker is away: the lease runs out by itself unless the next refresh succeeds
+        except (TimeoutError, OSError, nats.errors.Error):
+            self._unsure = True  # the broker is away, or came back without the bucket; the lease runs out by itself
         else:
             self._revision, self._until = ack.seq, began + LIVENESS_S
             if not self._told:

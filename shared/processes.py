@@ -33,3 +33,15 @@ def send(process: asyncio.subprocess.Process, number: int) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
+
+
+def yield_to_others(priority: str) -> None:
+    """Let the calling thread, and the threads it starts, generate in the background: `idle`, `nice` or `normal`.
+
+    On Linux a thread of the idle class is preempted at once by any other that wakes. Mere niceness is not enough:
+    the scheduler lets a running thread finish its slice of some 3 ms, and a query wakes a dozen threads on its way.
+    """
+    if priority == "idle" and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # 0 is the calling thread
+    elif priority in ("idle", "nice"):
+        os.nice(10)

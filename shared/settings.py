@@ -68,8 +68,9 @@ class Settings:
     """Budget of a worker in bytes (`1500 MB` is understood); 0 takes the fleet file's, else 80 % of the device."""
     threads: int = 0
     """Threads an engine may use; 0 means all cores."""
-    engine_nice: int = 10
-    """Added to the niceness of CPU engines, so that generating never delays routing."""
+    engine_priority: str = "idle"
+    """How CPU engines share cores with the rest: `idle` (they take what is left, so that generating never delays
+    routing; Linux), `nice` (lower priority) or `normal`."""
     power_idle_w: float = 10.0
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -93,10 +94,12 @@ def write_tiny_gguf(
     writer.add_token_merges(merges)
 
     def matrix(rows: int, columns: int) -> NDArray[np.float32]:
-        return (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        values: NDArray[np.float32] = (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        return values
 
     def gain() -> NDArray[np.float32]:
-        return (1 + 0.1 * random.standard_normal(hidden)).astype(np.float32)
+        values: NDArray[np.float32] = (1 + 0.1 * random.standard_normal(hidden)).astype(np.float32)
+        return values
 
     made = {"token_embd.weight": random.standard_normal((len(tokens), hidden)).astype(np.float32)}
     for index in range(layers):
@@ -152,7 +155,7 @@ _WORDS = (
     "some what there we can out other were all your when up use word how said each she which do their time if will "
     "way about many then them would write like so these her long make thing see him two has look more day could go "
     "come did my sound no most number who over know water than call first people may down side been now find"
-).split()
+)
 
 
 def write_tiny_embedder(
@@ -162,7 +165,9 @@ def write_tiny_embedder(
     random = np.random.default_rng(seed)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = list(
-        dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_WORDS, *letters, *(f"##{c}" for c in letters), *".,?!"])
+        dict.fromkeys(
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_WORDS.split(), *letters, *(f"##{c}" for c in letters), *".,?!"]
+        )
     )
     inner = 2 * hidden
     weights: dict[str, NDArray[np.float32]] = {}

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from services.analyzer.decide.profile import Vectors
 from services.analyzer.service import Analyzer
 from shared import messages as m
-from shared.models.embedder import Embedder
+from shared.models.embedder import open_embedder
 from shared.models.store import ModelStore
 from shared.runtime import Context, main
 
 
 def build(context: Context) -> Analyzer:
-    def open_embedder(policy: m.Policy) -> Callable[[list[str]], Vectors]:
+    def open_named(policy: m.Policy) -> Callable[[list[str]], Vectors]:
         store = ModelStore(context.settings.models_path)
         manifest = store.get(policy.embedder)
-        return Embedder(store.path(manifest.name), manifest, policy.embedder_variant, threads=1).embed
+        return open_embedder(store.path(manifest.name), manifest, policy.embedder_variant)
 
-    return Analyzer(context, open_embedder)
+    return Analyzer(context, open_named)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,10 @@ class Answers:
 
     async def stop(self, timeout_s: float) -> None:
         """Leave the queue group and finish what was asked."""
-        for subscription in self._subscriptions:
-            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
-                await asyncio.wait_for(subscription.drain(), timeout_s)  # type: ignore[no-untyped-call]
+        drains = [asyncio.create_task(s.drain()) for s in self._subscriptions]  # type: ignore[no-untyped-call]
+        if drains:
+            await asyncio.wait(drains, timeout=timeout_s)
+            await end(drains)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         await end(self._tasks)
@@ -102,7 +103,7 @@ class Answers:
             if len(data) > limit:
                 too_large = NotReady("The reply is larger than the broker's max_payload.", "Ask with a lower `limit`.")
                 data = codec.encode_public(codec.failure_of(too_large), encoding)
-            with contextlib.suppress(nats.errors.Error):
+            with contextlib.suppress(nats.errors.Error, OSError):
                 await self._bus.nc.publish(message.reply, data)
 
     # --- what is asked ---

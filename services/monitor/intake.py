@@ -65,7 +65,7 @@ class Intake:
     async def stop(self, timeout_s: float) -> None:
         """Leave the queue group, deal with what had arrived, and wait for it to be stored or refused."""
         if self._subscription is not None:
-            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
                 await asyncio.wait_for(self._subscription.drain(), timeout_s)  # type: ignore[no-untyped-call]
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
@@ -111,7 +111,7 @@ class Intake:
         except CalmError as error:
             await self._refuse(message, error, encoding)
             return
-        except (TimeoutError, nats.errors.Error) as error:
+        except (TimeoutError, OSError, nats.errors.Error) as error:
             away = BusUnavailable(f"The broker did not answer ({type(error).__name__}).", "Send it again.")
             await self._refuse(message, away, encoding)
             return
@@ -134,5 +134,5 @@ class Intake:
         self._health.failed += 1
         self._log.info("rejected", code=error.code, message=error.message)
         if message.reply and not admission.reserved(message.reply):
-            with contextlib.suppress(nats.errors.Error):
+            with contextlib.suppress(nats.errors.Error, OSError):
                 await self._bus.reply(message.reply, codec.failure_of(error), encoding)

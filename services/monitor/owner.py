@@ -29,6 +29,8 @@ SAMPLE_S = 10.0
 RETENTION_S = 3600.0
 RETRY_S = 1.0
 _DAY_S = 86400.0
+_LEAST_DAYS = 2.0
+"""The streams keep a day: a row forgotten sooner would be counted again if its message came again."""
 
 
 class Base:
@@ -53,6 +55,7 @@ class Base:
         self._answers = Answers(self._bus, self._store, self._writer, self._learning, context.clock, context.log)
         self._sampled: dict[str, float] = {}
         self._symptoms: Subscription | None = None
+        self._stopping = asyncio.Event()
         self._retention: asyncio.Task[None] | None = None
 
     @property
@@ -72,7 +75,9 @@ class Base:
     async def stop(self) -> None:
         """Finish what is in hand, commit it, and close the database."""
         timeout_s = self._context.settings.drain_s
-        await end([self._retention])
+        self._stopping.set()
+        if self._retention is not None:
+            await self._retention  # cancelled in the middle of a statement it would leave its connection open
         if self._symptoms is not None:
             with contextlib.suppress(Exception):
                 await self._symptoms.unsubscribe()
@@ -99,14 +104,17 @@ class Base:
         self._writer.note("symptoms", rows.symptom(codec.unpack(message.data, m.Symptom)))
 
     async def _forget(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             try:
-                before = self._context.clock() - self._context.settings.retention_days * _DAY_S
+                days = max(self._context.settings.retention_days, _LEAST_DAYS)
+                before = self._context.clock() - days * _DAY_S
                 if deleted := await self._store.forget(before):
                     self._context.log.info("forgotten", rows=deleted)
             except SQLAlchemyError as error:
                 self._context.log.warning("retention_failed", error=str(error))
-            await asyncio.sleep(RETENTION_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETENTION_S):
+                    await self._stopping.wait()
 
 
 class Owner:
@@ -122,6 +130,7 @@ class Owner:
         )
         self._fleet = FleetView(context.bus, self._on_worker)
         self._base: Base | None = None
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
         registry.on_publish(self._on_publish)
 
@@ -136,16 +145,22 @@ class Owner:
     async def start(self) -> None:
         await self._fleet.start()
         await self._lease.start()
+        if self._lease.held:
+            await self._open()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
         """Close the knowledge base, then release the lease for another monitor to take at once."""
-        await end([self._task])
+        self._stopping = True
+        self._changed.set()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=self._context.settings.drain_s)
+            await end([self._task])
         await self._close()
         await self._lease.stop()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             if self._lease.held and self._base is None:
                 if not await self._open():
                     await asyncio.sleep(RETRY_S)  # what ails a database announces no end

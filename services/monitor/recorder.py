@@ -97,17 +97,17 @@ class Recorder:
             self._on_done(done)
 
     async def _journal(self, message: Msg) -> None:
-        subject, data = message.subject, message.data
+        subject, data, at = message.subject, message.data, message.metadata.timestamp.timestamp()
         if subject == subjects.JOURNAL_ACCEPTED:
             accepted = codec.unpack(data, m.Accepted)
-            await self._writer.write("queries", rows.query(accepted, message.metadata.timestamp.timestamp()))
+            await self._writer.write("queries", rows.query(accepted, at))
         elif subject == subjects.DECISION_ROUTE:
-            await self._writer.write("decisions", rows.decision(codec.unpack(data, m.Route)))
+            await self._writer.write("decisions", rows.decision(codec.unpack(data, m.Route), at))
         elif subject == subjects.DECISION_PLACEMENT:
-            await self._writer.write("placements", rows.placement(codec.unpack(data, m.Placement)))
+            await self._writer.write("placements", rows.placement(codec.unpack(data, m.Placement), at))
         elif subject == subjects.JOURNAL_OPERATION:
             operation = codec.unpack(data, m.Operation)
-            row = rows.operation(operation, self._device_class(operation.worker))
+            row = rows.operation(operation, at, self._device_class(operation.worker))
             if await self._writer.write("operations", row):
                 self._on_operation(operation)
         else:

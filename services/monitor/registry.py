@@ -93,7 +93,7 @@ class Registry:
         except (nats.js.errors.NotFoundError, nats.js.errors.NoStreamResponseError):
             await self._bus.ensure()
             return False
-        except (TimeoutError, nats.errors.Error) as error:
+        except (TimeoutError, OSError, nats.errors.Error) as error:
             self._log.warning("registry_not_published", error=str(error) or type(error).__name__)
             return False
         self.cards, self.problem = cards, ""

@@ -61,7 +61,7 @@ class Resubmitted:
             late = DeadlineExpired("This deadline passed first.", "Send the query again with a longer `deadline_s`.")
             await self._fail(accepted, late)
         finally:
-            with contextlib.suppress(nats.errors.Error):
+            with contextlib.suppress(nats.errors.Error, OSError):
                 await subscription.unsubscribe()
 
     async def _send(self, accepted: m.Accepted, done: m.Done) -> None:
@@ -71,5 +71,5 @@ class Resubmitted:
 
     async def _fail(self, accepted: m.Accepted, error: CalmError) -> None:
         if accepted.reply:
-            with contextlib.suppress(nats.errors.Error):
+            with contextlib.suppress(nats.errors.Error, OSError):
                 await self._bus.reply(accepted.reply, codec.failure_of(error, accepted.query_id), accepted.encoding)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
+import nats.errors
+
 from services.monitor.intake import Intake
 from services.monitor.owner import Owner
 from services.monitor.refusals import Refusals
@@ -15,6 +20,7 @@ class Monitor:
 
     def __init__(self, context: Context, store: Manifests) -> None:
         self._settings = context.settings
+        self._bus = context.bus
         self._registry = Registry(context.bus, load_fleet(self._settings.fleet), store, context.log)
         self._refusals = Refusals(context.bus, context.clock)
         self._intake = Intake(
@@ -35,6 +41,8 @@ class Monitor:
         await self._owner.start()
         self._refusals.start()
         await self._intake.start()
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
+            await self._bus.nc.flush()  # ready means that the broker knows our subscriptions
 
     async def stop(self) -> None:
         """No new queries; store or refuse those at hand; then commit and close the knowledge base."""

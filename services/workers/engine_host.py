@@ -23,6 +23,7 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError, DeadlineExpired, EngineFailed
+from shared.processes import yield_to_others
 from shared.puller import Puller
 from shared.settings import Settings
 
@@ -56,6 +57,7 @@ class EngineHost:
         start: Start,
         batcher: Batcher,
         meter: Meter,
+        priority: str,
         report: Callable[[State], None],
         log: Any,
         clock: Callable[[], float] = time.time,
@@ -65,6 +67,7 @@ class EngineHost:
         self._start = start
         self._batcher = batcher
         self._meter = meter
+        self._priority = priority
         self._report = report
         self._log = log
         self._clock = clock
@@ -128,6 +131,7 @@ class EngineHost:
 
     def _generate(self) -> None:
         """Runs steps while there is anything to do, and sleeps on a condition otherwise."""
+        yield_to_others(self._priority)
         while True:
             with self._wanted:
                 while not (self._halt or self._incoming or self._outgoing or self._batcher.active):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import msgspec
 
 from services.workers.engine.energy import choose_meter
-from services.workers.engine.loader import load
+from services.workers.engine.loader import Loaded, load
 from services.workers.engine_host import EngineHost
 from services.workers.protocol import Command, Drain, Ready, Refused, Report, Start
 from shared import codec
@@ -19,6 +18,7 @@ from shared.bus import Bus
 from shared.errors import CalmError
 from shared.logs import configure
 from shared.models.store import ModelStore
+from shared.processes import yield_to_others
 from shared.settings import Settings
 
 _encode = msgspec.json.Encoder().encode
@@ -41,21 +41,23 @@ async def _run(settings: Settings) -> None:
     assert isinstance(start, Start)
     instance = f"{start.worker}.{start.spec.name}"
     log: Any = configure("engine", instance, settings.log_level)
-    if start.device.kind == "cpu":
-        os.nice(settings.engine_nice)  # generating must not delay routing
+    priority = settings.engine_priority if start.device.kind == "cpu" else "normal"
     meter = choose_meter(start.device, settings.power_idle_w, settings.power_core_w)
     store = ModelStore(settings.models_path)
+
+    def load_in_background() -> Loaded:
+        yield_to_others(priority)  # the threads that ONNX Runtime starts for the session inherit it
+        return load(store.path(start.spec.model), store.get(start.spec.model), start.spec, start.device, meter)
+
     connecting = asyncio.create_task(Bus.connect(settings, f"calm-engine-{instance}", log))
     try:
-        loaded = await asyncio.to_thread(
-            load, store.path(start.spec.model), store.get(start.spec.model), start.spec, start.device, meter
-        )
+        loaded = await asyncio.to_thread(load_in_background)
     except CalmError as error:
         _say(Refused(failure=codec.failure_of(error)))
         connecting.cancel()
         return
     bus = await connecting
-    host = EngineHost(bus, settings, start, loaded.batcher, meter, _say, log)
+    host = EngineHost(bus, settings, start, loaded.batcher, meter, priority, _say, log)
     await host.start()
     _say(Ready(load_s=loaded.load_s, provider=loaded.provider, measured_bytes=loaded.measured_bytes))
     timeout_s = await _until_told(stdin, settings)

@@ -1,4 +1,4 @@
-"""Messages as rows of the knowledge base. Pure."""
+"""Messages as rows of the knowledge base. Pure; `at` is when the broker stored the message, in Unix seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def query(accepted: m.Accepted, at: float) -> Row:
     }
 
 
-def decision(route: m.Route) -> Row:
+def decision(route: m.Route, at: float) -> Row:
     return {
         "query_id": route.query_id,
         "chosen": route.order[0] if route.order else "",
@@ -35,13 +35,13 @@ def decision(route: m.Route) -> Row:
         "margin": route.margin,
         "propensity": route.propensity,
         "knowledge_version": route.knowledge_version,
-        "decided_at": route.decided_at,
+        "decided_at": route.decided_at or at,
         "record": codec.pack(route),
     }
 
 
 def completion(done: m.Done, at: float) -> Row:
-    """The end of a query, recorded by the broker at `at`."""
+    """The end of a query."""
     answer = done.answer
     row: Row = {
         "query_id": done.query_id,
@@ -65,7 +65,7 @@ def completion(done: m.Done, at: float) -> Row:
     return row
 
 
-def operation(done: m.Operation, device_class: str) -> Row:
+def operation(done: m.Operation, at: float, device_class: str) -> Row:
     return {
         "op_id": done.op_id,
         "kind": done.kind,
@@ -76,16 +76,16 @@ def operation(done: m.Operation, device_class: str) -> Row:
         "reason": done.reason,
         "seconds": done.seconds,
         "bytes": done.bytes,
-        "at": done.at,
+        "at": done.at or at,
         "record": codec.pack(done),
     }
 
 
-def placement(decided: m.Placement) -> Row:
+def placement(decided: m.Placement, at: float) -> Row:
     return {
         "id": decided.id,
         "reason": decided.reason,
-        "decided_at": decided.decided_at,
+        "decided_at": decided.decided_at or at,
         "record": codec.pack(decided),
     }
 

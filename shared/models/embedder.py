@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,27 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from shared.errors import ModelMissing
+from shared.errors import ModelMissing, UnsupportedModel
 from shared.models.manifest import Manifest
+from shared.models.static_embedder import StaticEmbedder
 
 MAX_TOKENS = 256
 """What the sentence-transformers MiniLM models were trained with; longer texts are cut."""
+
+
+def open_embedder(
+    folder: Path, manifest: Manifest, variant: str, threads: int = 1
+) -> Callable[[list[str]], NDArray[np.float32]]:
+    """The embedding function of a stored model's variant: texts [n] to float32 [n, hidden] of unit length.
+
+    Raises:
+        ModelMissing: the variant is not in the store.
+        UnsupportedModel: it is no embedding model.
+    """
+    found = manifest.variant(variant)
+    if found is not None and found.layout == "static":
+        return StaticEmbedder(folder, manifest, found.path).embed
+    return Embedder(folder, manifest, variant, threads).embed
 
 
 class Embedder:
@@ -23,6 +40,8 @@ class Embedder:
         found = manifest.variant(variant)
         if found is None:
             raise ModelMissing(f"{manifest.name} has no variant {variant!r}.", "Pull it with `calm models pull`.")
+        if found.layout != "encoder":
+            raise UnsupportedModel(f"{manifest.name} is not an embedding model.", "Name an embedder in the fleet file.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -38,6 +57,8 @@ class Embedder:
 
     def embed(self, texts: list[str]) -> NDArray[np.float32]:
         """Embeddings of unit length: float32 [n, hidden]."""
+        if not texts:
+            return np.zeros((0, self.hidden), np.float32)
         encoded = self._tokenizer.encode_batch([text[:8192] for text in texts])
         ids = np.array([e.ids for e in encoded], np.int64)
         mask = np.array([e.attention_mask for e in encoded], np.int64)

@@ -17,12 +17,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
 
 from shared.errors import UnsupportedModel
 from shared.models import safetensors
-from shared.models.files import sha256_of
+from shared.models.files import sha256_of, weights_file
 from shared.models.gguf_import import describe_variant
 from shared.models.manifest import Architecture, Manifest, TokenizerInfo
+from shared.models.static_embedder import write_table
 
 _MS = "com.microsoft"
 
@@ -35,40 +37,55 @@ def import_embedder(
     licence: str,
     source: str,
     variants: Sequence[str],
+    existing: Manifest | None = None,
     on_variant: Callable[[str], None] = lambda _name: None,
 ) -> Manifest:
-    """Convert the folder at `path` (config.json, model.safetensors, tokenizer.json) into `folder`.
+    """Convert the folder at `path` (config.json, model.safetensors, tokenizer.json) into `folder`; the manifest also
+    lists `existing`'s variants.
 
     Raises:
-        UnsupportedModel: another architecture, or a variant other than fp32 and int8.
+        UnsupportedModel: a file is missing, or the architecture, pooling or variant is not a known one.
     """
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (path / file).is_file():
+            raise UnsupportedModel(f"{path} holds no {file}.", "Give the folder of a sentence-transformers model.")
     config = json.loads((path / "config.json").read_text())
     if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
         raise UnsupportedModel(
             f"{path} is a {config.get('model_type')!r} model with {config.get('hidden_act')!r} activation.",
             "Sentence embedders of the BERT family with gelu are read.",
         )
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise UnsupportedModel(f"{path} has {config['position_embedding_type']} positions.", "Absolute ones are read.")
+    pooling = path / "1_Pooling" / "config.json"
+    if pooling.is_file() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+        raise UnsupportedModel(f"{path} does not pool by the mean.", "Use a sentence embedder with mean pooling.")
     weights = {k.removeprefix("bert."): v for k, v in safetensors.read(path / "model.safetensors").items()}
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path / "tokenizer.json", folder / "tokenizer.json")
-    made = []
+    made = list(existing.variants) if existing else []
     for variant in variants:
-        if variant not in ("fp32", "int8"):
-            raise UnsupportedModel(f"There is no variant {variant!r} of an embedder.", "Use fp32 or int8.")
+        if any(v.name == variant for v in made):
+            continue
+        if variant not in ("fp32", "int8", "static"):
+            raise UnsupportedModel(f"There is no variant {variant!r} of an embedder.", "Use fp32, int8 or static.")
         on_variant(variant)
         target = folder / variant
         target.mkdir(parents=True, exist_ok=True)
         full = target / ("model.onnx" if variant == "fp32" else "full.onnx")
         onnx.save(_Builder(config, weights).model(), str(full))
-        if variant == "int8":
+        if variant == "static":
+            _distil(full, folder / "tokenizer.json", target)
+            full.unlink()
+        elif variant == "int8":
             _quantize(full, target / "model.onnx")
             full.unlink()
-        made.append(describe_variant(variant, target, "encoder"))
+        made.append(describe_variant(variant, target, "static" if variant == "static" else "encoder"))
     return Manifest(
         name=name,
         kind="embedder",
         source=source,
-        source_sha256=sha256_of(path / "model.safetensors"),
+        source_sha256=sha256_of(weights_file(path)),
         licence=licence,
         created_at=time.time(),
         architecture=Architecture(
@@ -87,21 +104,38 @@ def import_embedder(
     )
 
 
+def _distil(full: Path, tokenizer: Path, target: Path) -> None:
+    """The table of `shared.models.static_embedder`, by running the full model over its vocabulary."""
+    import onnxruntime as ort  # noqa: PLC0415 heavy
+
+    session = ort.InferenceSession(str(full), providers=["CPUExecutionProvider"])
+
+    def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(session.run(None, {"input_ids": ids, "attention_mask": mask})[0], np.float32)
+
+    write_table(forward, Tokenizer.from_file(str(tokenizer)), target)
+
+
 def _quantize(source: Path, target: Path) -> None:
     """Dynamic int8 of weights and activations: a quarter of the time at a cosine of .994 to fp32 (measured)."""
     import logging  # noqa: PLC0415
 
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 heavy
 
-    logging.getLogger().setLevel(logging.ERROR)  # it advises on pre-processing through the root logger
-    quantize_dynamic(
-        str(source),
-        str(target),
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["MatMul"],
-        reduce_range=True,  # 7-bit weights: without VNNI, AVX2 saturates on 8 (cosine .96 instead of .99)
-        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-    )
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises on pre-processing through the root logger
+    try:
+        quantize_dynamic(
+            str(source),
+            str(target),
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"],
+            reduce_range=True,  # 7-bit weights: without VNNI, AVX2 saturates on 8 (cosine .96 instead of .99)
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+    finally:
+        root.setLevel(level)
 
 
 class _Builder:

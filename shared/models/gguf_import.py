@@ -20,6 +20,13 @@ Floats = NDArray[np.float32]
 
 PRECISIONS = ("fp32", "int8", "int4")
 
+_BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+_REFUSED_FIELDS = (
+    "llama.rope.scale_linear", "llama.attention.scale", "llama.logit_scale", "llama.embedding_scale",
+    "llama.residual_scale", "llama.attention.clamp_kqv", "llama.use_parallel_residual",
+)  # fmt: skip
+"""Each changes what the graph would compute."""
+
 
 class GgufModel:
     """A GGUF file opened for import.
@@ -33,7 +40,7 @@ class GgufModel:
 
         try:
             reader = GGUFReader(path)
-        except (ValueError, OSError) as error:
+        except (ValueError, IndexError, OverflowError, OSError) as error:
             raise UnsupportedModel(f"{path} cannot be read as GGUF ({error}).", "Is the download complete?") from None
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -59,22 +66,44 @@ class GgufModel:
             raise UnsupportedModel(
                 f"Rope scaling {scaling!r} is not supported.", "Use another conversion of the model."
             )
+        changed = [name for name in _REFUSED_FIELDS if self.fields.get(name)]
+        if changed:
+            raise UnsupportedModel(f"`{changed[0]}` is not supported.", "Use another conversion of the model.")
+        if int(self.fields.get("split.count", 0)) > 1:
+            raise UnsupportedModel(f"{self.path.name} is one part of several.", "Merge them with `gguf-split --merge`.")
         if self.fields.get("llama.expert_count"):
             raise UnsupportedModel("Mixture-of-experts models are not supported.", "Use a dense model.")
         if self.fields.get("llama.attention.sliding_window"):
             raise UnsupportedModel("Sliding-window attention is not supported.", "Use a model without it.")
-        biased = [name for name in self._tensors if name.endswith("attn_q.bias")]
-        if biased:
-            raise UnsupportedModel(f"Attention biases ({biased[0]}) are not supported.", "Use a model without them.")
+        blocks = range(int(self._value("block_count")))
+        needed = {"token_embd.weight", "output_norm.weight"}
+        needed |= {f"blk.{index}.{part}.weight" for index in blocks for part in _BLOCK}
+        lacking = sorted(needed - self._tensors.keys())
+        if lacking:
+            raise UnsupportedModel(f"{self.path.name} lacks the tensor {lacking[0]}.", "Is the download complete?")
+        # A tensor that the graph would leave out (a bias, a norm of q and k) makes another model: refused by name.
+        unknown = sorted(self._tensors.keys() - needed - {"output.weight", "rope_freqs.weight"})
+        if unknown:
+            raise UnsupportedModel(
+                f"The tensor {unknown[0]} is not supported ({len(unknown)} such).", "Use a plain llama model."
+            )
 
     def _architecture(self) -> Architecture:
+        if isinstance(self._value("attention.head_count_kv", 1), list):
+            raise UnsupportedModel("KV heads that differ by layer are not supported.", "Use a plain llama model.")
         hidden, heads = int(self._value("embedding_length")), int(self._value("attention.head_count"))
         head_size = int(self._value("attention.key_length", hidden // heads))
         rotated = int(self._value("rope.dimension_count", head_size))
         if rotated != head_size:
-            raise UnsupportedModel(f"Partial rotation ({rotated} of {head_size}) is not supported.", "")
-        if hidden % 32 or (heads * head_size) % 32:
-            raise UnsupportedModel(f"Hidden size {hidden} is not a multiple of 32.", "")
+            raise UnsupportedModel(
+                f"Partial rotation ({rotated} of {head_size}) is not supported.", "Use another model."
+            )
+        if int(self._value("attention.value_length", head_size)) != head_size:
+            raise UnsupportedModel("Keys and values of different sizes are not supported.", "Use a plain llama model.")
+        inner = int(self._tensors["blk.0.ffn_gate.weight"].shape[1])
+        for size in (hidden, heads * head_size, inner):
+            if size % 32:
+                raise UnsupportedModel(f"Layer size {size} is not a multiple of 32.", "Use another model.")
         tokens = self.fields.get("tokenizer.ggml.tokens")
         if not tokens:
             raise UnsupportedModel("The file has no tokenizer.", "Use a GGUF with its vocabulary included.")
@@ -157,9 +186,9 @@ class GgufModel:
         if template:
             (folder / "chat_template.jinja").write_text(template)
         tokens = self.fields["tokenizer.ggml.tokens"]
+        sentencepiece = self.fields.get("tokenizer.ggml.model") == "llama"
         bos = self.fields.get("tokenizer.ggml.bos_token_id")
         eos = self.fields.get("tokenizer.ggml.eos_token_id")
-        sentencepiece = self.fields.get("tokenizer.ggml.model") == "llama"
         return TokenizerInfo(
             sha256=sha256_of(file),
             bos_token=tokens[bos] if bos is not None else "",

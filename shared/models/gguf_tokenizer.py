@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from shared.errors import UnsupportedModel
 
-_CONTROL, _BYTE = 3, 6
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 
 _END_OF_GENERATION = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<|end|>",
@@ -41,6 +41,14 @@ def build(fields: Mapping[str, Any]) -> Tokenizer:
             f"The GGUF's tokenizer is of kind {kind!r}.",
             "Kinds `gpt2` (BPE) and `llama` (SentencePiece) are read.",
         )
+    # User-defined tokens are found whole in the text as well, but they are part of what is said.
+    tokenizer.add_tokens(
+        [
+            AddedToken(t, special=False, normalized=False)
+            for t, n in zip(tokens, types, strict=True)
+            if n == _USER_DEFINED
+        ]
+    )
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t, n in zip(tokens, types, strict=True) if n == _CONTROL]
     )
@@ -60,7 +68,9 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     name = fields.get("tokenizer.ggml.pre", "default")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=name == "llama-bpe"))
+    llama3 = name in ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx")
+    whole = name in ("llama-bpe", "llama3", "llama-v3")  # takes a word that is in the vocabulary without merging
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=whole))
     if name in ("smollm", "starcoder", "refact", "command-r"):
         before: list[Any] = [
             pre_tokenizers.Digits(individual_digits=True),
@@ -68,7 +78,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
         ]
     elif name in ("gpt-2", "default", "olmo", "jais"):
         before = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    elif name in ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx"):
+    elif llama3:
         before = [
             pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

@@ -55,6 +55,8 @@ class DecoderBuilder:
     def save(self, folder: Path) -> None:
         """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.onnx", "model.onnx.data"):  # onnx.save would append to external data that is there
+            (folder / name).unlink(missing_ok=True)
         model = self._model()
         onnx.save(
             model, str(folder / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=True,

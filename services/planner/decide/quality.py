@@ -7,9 +7,8 @@ import math
 
 from shared import messages as m
 
-FIT_CENTRE = 0.35
-"""Affinity at which a card is exactly as good as its scores say."""
 FIT_SCALE = 0.12
+"""Affinity above the mean of all cards that counts as a good fit. Relative, for embedders differ in their level."""
 FIT_SPAN = 0.3
 """Fit moves the score by at most this share, up or down."""
 FEEDBACK_PRIOR = 20.0
@@ -21,8 +20,9 @@ def predict(card: m.Card, profile: m.Profile, qos: m.CardQos | None) -> tuple[fl
     covered = sum(p for name, p in profile.domains.items() if name in card.domains)
     scored = sum(p * card.domains[name] for name, p in profile.domains.items() if name in card.domains)
     prior = scored + (1.0 - covered) * card.quality
-    similarity = profile.affinity.get(card.name, FIT_CENTRE)
-    fit = 1.0 + FIT_SPAN * math.tanh((similarity - FIT_CENTRE) / FIT_SCALE)
+    level = sum(profile.affinity.values()) / len(profile.affinity) if profile.affinity else 0.0
+    similarity = profile.affinity.get(card.name, level)
+    fit = 1.0 + FIT_SPAN * math.tanh((similarity - level) / FIT_SCALE)
     quality = min(1.0, prior * fit)
     count = qos.feedback_count if qos else 0
     mean = qos.feedback_mean if qos else 0.0
