@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shared.errors import UnsupportedModel
 
+_METADATA = "__metadata__"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
 
 
@@ -23,11 +24,14 @@ def read(path: Path) -> dict[str, NDArray[np.float32]]:
     size = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + size])
-    except (ValueError, UnicodeDecodeError):
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != _METADATA]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UnsupportedModel(f"{path} is not a safetensors file.", "Is the download complete?") from None
+    if 8 + size + max(ends, default=0) > len(data):
+        raise UnsupportedModel(f"{path} is cut off.", "Is the download complete?")
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == _METADATA:
             continue
         begin, end = entry["data_offsets"]
         raw = data[8 + size + begin : 8 + size + end]

@@ -89,7 +89,7 @@ def reference(source: Path, ids: list[int]) -> Floats:
         even, odd = x[..., 0::2], x[..., 1::2]
         return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
 
-    x = w("token_embd")[ids]
+    x: NDArray[Any] = w("token_embd")[ids]
     hidden = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
     for layer in range(a.layers):
         p = f"blk.{layer}"
@@ -98,9 +98,9 @@ def reference(source: Path, ids: list[int]) -> Floats:
         k = rotate((y @ w(f"{p}.attn_k").T).reshape(len(ids), a.kv_heads, -1))
         v = (y @ w(f"{p}.attn_v").T).reshape(len(ids), a.kv_heads, -1)
         heads = []
-        for head in range(a.heads):
-            shared = head * a.kv_heads // a.heads
-            scores = q[:, head] @ k[:, shared].T / np.sqrt(a.head_size) + hidden
+        for index in range(a.heads):
+            shared = index * a.kv_heads // a.heads
+            scores = q[:, index] @ k[:, shared].T / np.sqrt(a.head_size) + hidden
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, shared])
         x = x + np.concatenate(heads, -1) @ w(f"{p}.attn_output").T
@@ -236,7 +236,7 @@ def test_sentencepiece_tokenizer_merges_by_score() -> None:
     pieces = [("<unk>", 0.0, TokenType.UNKNOWN), ("<s>", 0.0, TokenType.CONTROL), ("</s>", 0.0, TokenType.CONTROL)]
     pieces += [(f"<0x{b:02X}>", 0.0, TokenType.BYTE) for b in range(256)]
     pieces += [("<tool>", 0.0, TokenType.USER_DEFINED)]
-    words = ["bc", "ab", "▁a", "▁abc", "▁ab", "▁", "a", "b", "c"]
+    words = ["bc", "ab", "▁a", "▁ab", "▁", "a", "b", "c"]
     pieces += [(word, -float(rank), TokenType.NORMAL) for rank, word in enumerate(words)]
     fields = {
         "tokenizer.ggml.model": "llama",
