@@ -83,6 +83,8 @@ class _Room:
     free: int
     holds: set[str]
     leaving: set[str] = field(default_factory=set)
+    coming: int = 0
+    """Bytes that evictions under way will free, and that no load has been given yet."""
     untouched: bool = True
 
 
@@ -157,7 +159,8 @@ def _room(worker: m.WorkerState, pending: Sequence[Pending]) -> _Room:
         elif command.kind == "evict":
             holds.discard(command.artifact)
             leaving.add(command.artifact)
-    return _Room(worker, free, holds, leaving)
+    coming = sum(e.footprint_bytes for e in worker.engines if e.artifact in leaving)
+    return _Room(worker, free, holds, leaving, coming)
 
 
 @dataclass
@@ -192,6 +195,9 @@ class _Pass:
             room.leaving.add(victim.artifact)
         actions.append(Action("load", room.state.worker, artifact, reason, tuple(v.artifact for v in victims)))
         room.free -= spec.footprint_bytes
+        if room.free < 0:  # the rest comes from evictions under way, which the load waits for
+            room.coming += room.free
+            room.free = 0
         room.holds.add(artifact)
         room.untouched = False
         return {}
@@ -199,11 +205,10 @@ class _Pass:
     def _victims(self, room: _Room, needed: int, artifact: str, reason: str) -> tuple[m.EngineState, ...] | None:
         """The cheapest set of engines to evict so that `needed` bytes are free; None when there is none."""
         # What is already on its way out will free its memory: the load names it in `after` and waits for it.
-        coming = sum(e.footprint_bytes for e in room.state.engines if e.artifact in room.leaving)
         missing = needed - room.free
         if missing <= 0:
             return ()
-        if coming >= missing:
+        if room.coming >= missing:
             return None if reason in ("replica", "warm_start") else ()
         if reason == "warm_start":
             return None
@@ -213,7 +218,7 @@ class _Pass:
         best: tuple[float, tuple[m.EngineState, ...]] | None = None
         for size in range(1, min(len(allowed), 4) + 1):
             for chosen in itertools.combinations(allowed, size):
-                if sum(e.footprint_bytes for e in chosen) + coming < missing:
+                if sum(e.footprint_bytes for e in chosen) + room.coming < missing:
                     continue
                 price = sum(self.values[f"{room.state.worker}/{e.artifact}"] * e.footprint_bytes for e in chosen)
                 if best is None or price < best[0]:

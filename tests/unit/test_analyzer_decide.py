@@ -1,0 +1,66 @@
+"""Profiles and symptoms."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from services.analyzer.decide import profile, symptoms
+from services.analyzer.decide.domains import DOMAINS
+from shared import messages as m
+
+EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
+
+
+def test_affinity_prefers_the_card_whose_examples_are_near() -> None:
+    """The nearest exemplars count most; a card without exemplars is judged by its description."""
+    near = profile.card_vectors(np.stack([NORTH, EAST, EAST]))
+    far = profile.card_vectors(np.stack([NORTH, NORTH, NORTH]))
+    bare = profile.card_vectors(np.stack([EAST]))
+    assert profile.affinity(EAST, near) > profile.affinity(EAST, far)
+    assert profile.affinity(EAST, bare) == 1.0
+
+
+def test_domains_are_a_distribution_led_by_the_nearest() -> None:
+    """Probabilities sum to one, and the domain whose prototypes are nearest leads."""
+    found = profile.domains(EAST, {"a": np.stack([EAST]), "b": np.stack([NORTH])})
+    assert abs(sum(found.values()) - 1.0) < 1e-3
+    assert found["a"] > 0.99
+
+
+def test_a_profile_holds_what_the_planner_needs() -> None:
+    """The embedding travels as float32 bytes; tokens and affinities are by name."""
+    result = profile.make_profile(
+        text="2 + 2", embedding=EAST, cards={"c": profile.card_vectors(np.stack([EAST]))},
+        prototypes={"mathematics": np.stack([EAST])}, tokens_in={"m": 3}, tokens_out=40.0,
+    )  # fmt: skip
+    assert np.array_equal(np.frombuffer(result.embedding, "<f4"), EAST)
+    assert result.affinity == {"c": 1.0}
+    assert result.tokens_in == {"m": 3}
+    assert 0.0 < result.difficulty <= 1.0
+
+
+def test_the_text_of_a_conversation_is_its_user_turns() -> None:
+    """The embedding reads the user's turns, newest first; token counts read every turn."""
+    turns = [
+        m.ChatMessage(role="system", content="s"),
+        m.ChatMessage(role="user", content="one"),
+        m.ChatMessage(role="assistant", content="a"),
+        m.ChatMessage(role="user", content="two"),
+    ]
+    assert profile.query_text(m.Query(messages=turns)) == "two\none"
+    assert profile.full_text(m.Query(messages=turns)) == "s\none\na\ntwo"
+
+
+def test_every_domain_has_prototypes() -> None:
+    """Each domain that cards may score has sentences to be recognised by."""
+    labelled = profile.prototype_texts()
+    assert {domain for domain, _ in labelled} == set(DOMAINS)
+
+
+def test_symptoms_name_slow_cards_and_lost_workers() -> None:
+    """A p95 over the objective, on enough answers, and a worker that is gone, are each reported."""
+    slow = m.CardQos(card="slow", answered=30, latency_p95_s=9.0)
+    few = m.CardQos(card="few", answered=3, latency_p95_s=9.0)
+    policy = m.Policy(fleet="f", latency_slo_s=5.0)
+    found = symptoms.find(m.Qos(cards=[slow, few]), policy, frozenset({"w1", "w2"}), frozenset({"w2"}), 1.0)
+    assert [(s.kind, s.subject) for s in found] == [("slo_violation", "slow"), ("worker_lost", "w1")]
