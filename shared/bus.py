@@ -18,7 +18,7 @@ from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
-from shared import codec, streams, subjects
+from shared import codec, streams, subjects, tasks
 from shared import messages as m
 from shared.errors import BusUnavailable, Overloaded
 from shared.settings import Settings
@@ -46,6 +46,7 @@ class Bus:
         self.js: JetStreamContext = nc.jetstream(timeout=5)
         self._log = log
         self._on_reconnect: list[Callable[[], None]] = []
+        self._ensuring: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, settings: Settings, name: str, log: Log | None = None, *, wait: bool = True) -> Bus:
@@ -71,6 +72,8 @@ class Bus:
             waiting = False
             if log:
                 log.info("broker_reconnected")
+            # A broker that came back without its memory has lost the buckets; our own subscriptions would hide it.
+            bus._ensuring = asyncio.create_task(bus.ensure())
             for callback in bus._on_reconnect:
                 callback()
 
@@ -113,6 +116,7 @@ class Bus:
 
     async def close(self) -> None:
         """Flush what is buffered and close, within 2 s."""
+        await tasks.end([self._ensuring])
         with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
             await asyncio.wait_for(self.nc.flush(), 2)
         with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):

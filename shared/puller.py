@@ -22,6 +22,7 @@ from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import APIError
 
+from shared import tasks
 from shared.bus import Bus, Log
 
 PULL_EXPIRES_S = 5.0
@@ -114,9 +115,7 @@ class Puller:
             task.cancel()
             with contextlib.suppress(nats.errors.Error):
                 await message.nak()
-        for task in [*self._tasks, *self._loop_tasks]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._loop_tasks, return_exceptions=True)
+        await tasks.end([*self._tasks, *self._loop_tasks])
 
     # --- inside ---
 

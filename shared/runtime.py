@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from shared import messages as m
-from shared import subjects
+from shared import subjects, tasks
 from shared.bus import Bus
 from shared.errors import CalmError
 from shared.logs import configure
@@ -83,6 +83,7 @@ async def _serve(service: str, settings: Settings, log: Any, build: Callable[[Co
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if start.done():
             start.result()
+            await bus.nc.flush()  # the server knows our subscriptions before anyone is told that we are ready
             health.state = "ready"
             log.info("ready", pid=os.getpid())
             await stop
@@ -113,8 +114,7 @@ async def _until(stopping: asyncio.Event) -> Any:
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await tasks.end([task])
         return None
 
     try:

@@ -14,7 +14,7 @@ from services.analyzer.decide import profile, symptoms
 from services.analyzer.decide.profile import Vectors
 from services.analyzer.embedding import EmbeddingQueue
 from services.analyzer.tokens import TokenCounter
-from shared import codec, subjects
+from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.puller import Puller
 from shared.runtime import Context
@@ -75,9 +75,7 @@ class Analyzer:
 
     async def stop(self) -> None:
         await self._puller.stop(self._context.settings.drain_s)
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await tasks.end(self._background)
         if self._background:
             self._queue.close()
 

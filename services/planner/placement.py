@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 
 from services.planner.decide import residency
 from services.planner.knowledge import Knowledge
-from shared import codec, subjects
+from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.bus import Bus
 from shared.lease import Lease
@@ -65,9 +65,7 @@ class Placement:
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._count())]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
         await self._lease.stop()
 
     async def _count(self) -> None:

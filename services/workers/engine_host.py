@@ -19,7 +19,7 @@ from services.workers import timings
 from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finished, Request
 from services.workers.engine.energy import Meter
 from services.workers.protocol import Start, State
-from shared import codec, subjects
+from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError, DeadlineExpired, EngineFailed
@@ -124,8 +124,7 @@ class EngineHost:
             self._wanted.notify()
         self._thread.join(timeout=5)
         if self._reporter is not None:
-            self._reporter.cancel()
-            await asyncio.gather(self._reporter, return_exceptions=True)
+            await tasks.end([self._reporter])
 
     # --- the engine thread ---
 

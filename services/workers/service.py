@@ -21,7 +21,7 @@ from services.workers import device as devices
 from services.workers.children import Child
 from services.workers.ledger import Ledger
 from services.workers.protocol import Start, State
-from shared import codec, subjects
+from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.errors import CalmError, OperationTimeout, Overloaded
 from shared.runtime import Context
@@ -86,14 +86,11 @@ class Worker:
         children = [e.child for e in self._engines.values() if e.child is not None]
         await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children))
         if self._register is not None:
-            self._register.cancel()
-            await asyncio.gather(self._register, return_exceptions=True)
+            await tasks.end([self._register])
         key = subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name))
         with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self._bus.nc.request(key, b"", timeout=1, headers={"KV-Operation": "DEL"})
-        for task in [*self._tasks, *self._operations.values()]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._operations.values(), return_exceptions=True)
+        await tasks.end([*self._tasks, *self._operations.values()])
 
     async def _budget_of_fleet(self) -> int:
         with contextlib.suppress(TimeoutError):

@@ -117,7 +117,11 @@ def _distil(full: Path, tokenizer: Path, target: Path) -> None:
 
 
 def _quantize(source: Path, target: Path) -> None:
-    """Dynamic int8 of weights and activations: a quarter of the time at a cosine of .994 to fp32 (measured)."""
+    """Dynamic int8 of weights and activations: half the time of fp32, in a quarter of its bytes, at a cosine of
+    .982 to .995 (mean .992; measured).
+
+    One scale for each output channel matters: with one a matrix, the cosine was .81 to .88.
+    """
     import logging  # noqa: PLC0415
 
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 heavy
@@ -130,8 +134,9 @@ def _quantize(source: Path, target: Path) -> None:
             str(source),
             str(target),
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul"],
-            reduce_range=True,  # 7-bit weights: without VNNI, AVX2 saturates on 8 (cosine .96 instead of .99)
+            op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            reduce_range=True,  # 7-bit weights: without VNNI, AVX2 can saturate on 8
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
     finally:

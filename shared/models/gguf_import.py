@@ -165,17 +165,8 @@ class GgufModel:
             precision,  # type: ignore[arg-type]
             rms_epsilon=float(self._value("attention.layer_norm_rms_epsilon")),
             rope_angles=self.rope_angles(),
-            sensitive=self._sensitive,
         )
         builder.save(folder)
-
-    def _sensitive(self, name: str) -> bool:
-        """Weights that stay at 8 bits in the int4 variant: the value and down projections of the outer eighths
-        of the layers, the ones llama.cpp's mixed K-quants spare as well."""
-        layer, part = name.removeprefix("layer").split(".", 1)
-        layers, index = self.architecture.layers, int(layer)
-        outer = index < layers / 8 or index >= layers * 7 / 8
-        return outer and part in ("ffn_down", "qkv")
 
     def write_tokenizer(self, folder: Path) -> TokenizerInfo:
         """Write `tokenizer.json` and the chat template; returns what the manifest says of them."""

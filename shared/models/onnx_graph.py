@@ -40,17 +40,16 @@ class DecoderBuilder:
         *,
         rms_epsilon: float,
         rope_angles: Floats,
-        sensitive: Callable[[str], bool] = lambda _name: False,
     ) -> None:
-        """`rope_angles` [context, head_size / 2]; `sensitive` names weights that stay at 8 bits in int4."""
+        """`rope_angles` [context, head_size / 2]."""
         self._a = architecture
         self._weight = weight
         self._precision = precision
         self._epsilon = rms_epsilon
         self._rope = rope_angles
-        self._sensitive = sensitive
         self._nodes: list[onnx.NodeProto] = []
         self._inits: list[onnx.TensorProto] = []
+        self._widened: set[str] = set()
 
     def save(self, folder: Path) -> None:
         """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
@@ -85,16 +84,29 @@ class DecoderBuilder:
         out = f"{name}.out"
         if self._precision == "fp32":
             return self._node("MatMul", [x, self._init(f"{name}.w", weights.T)], [out])
-        common = {"K": columns, "N": rows, "block_size": quantize.BLOCK, "accuracy_level": 4}
-        if self._precision == "int8" or self._sensitive(name):
+        common = {"N": rows, "block_size": quantize.BLOCK, "accuracy_level": 4}
+        if self._precision == "int8":
             values, scales = quantize.int8(weights)
             inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
-            return self._node("MatMulNBits", inputs, [out], _MS, bits=8, **common)
+            return self._node("MatMulNBits", inputs, [out], _MS, bits=8, K=columns, **common)
         packed, scales, zeros = quantize.int4(weights)
         inputs = [
-            x, self._init(f"{name}.q", packed), self._init(f"{name}.s", scales), self._init(f"{name}.z", zeros)
+            self._with_sums(x, columns), self._init(f"{name}.q", packed), self._init(f"{name}.s", scales),
+            self._init(f"{name}.z", zeros),
         ]  # fmt: skip
-        return self._node("MatMulNBits", inputs, [out], _MS, bits=4, **common)
+        wide = columns + quantize.sum_columns(columns)
+        return self._node("MatMulNBits", inputs, [out], _MS, bits=4, K=wide, **common)
+
+    def _with_sums(self, x: str, columns: int) -> str:
+        """x with the sums of its blocks behind it, as `quantize.int4` needs it; made once for each x."""
+        wide = f"{x}.wide"
+        if wide not in self._widened:
+            self._widened.add(wide)
+            summing = f"summing.{columns}"
+            if summing not in self._widened:
+                self._widened.add(self._init(summing, quantize.block_sums(columns)))
+            self._node("Concat", [x, self._node("MatMul", [x, summing], [f"{x}.sums"])], [wide], axis=-1)
+        return wide
 
     def _embedding(self) -> str:
         table = self._need("token_embd.weight")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,6 @@ async def stack() -> AsyncIterator[contextlib.AsyncExitStack]:
         yield exits
 
 
-Start = Callable[..., object]
-
-
 @dataclasses.dataclass
 class System:
     """The running system and how to add workers to it."""
@@ -56,5 +54,9 @@ class System:
 @pytest.fixture
 async def system(settings: Settings, bus: Bus, stack: contextlib.AsyncExitStack) -> System:
     """The four stages, without workers."""
-    stages = {name: await stack.enter_async_context(running(name, settings, bus)) for name in STAGES}
+    starting = {name: running(name, settings, bus) for name in STAGES}
+    processes = await asyncio.gather(*(context.__aenter__() for context in starting.values()))
+    for context in starting.values():
+        stack.push_async_exit(context.__aexit__)
+    stages = dict(zip(STAGES, processes, strict=True))
     return System(settings, bus, stages, stack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import onnxruntime as ort
@@ -32,7 +33,9 @@ def open_session(model: Path, device: Device, threads: int, *, spinning: bool = 
             ort.preload_dlls()
         providers = [("CUDAExecutionProvider", {"device_id": str(device.index)}), "CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(str(model), options, providers=providers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a missing provider: told as an error below
+            session = ort.InferenceSession(str(model), options, providers=providers)
     except Exception as error:
         raise UnsupportedModel(f"ONNX Runtime cannot load {model}: {error}", "Pull or add the model again.") from error
     got = session.get_providers()
