@@ -62,8 +62,7 @@ async def ask_all(nc: Client, prompts: list[str], arguments: argparse.Namespace)
         async with slots:
             query_id = uuid.uuid4().hex
             query = {
-                "id": query_id, "prompt": prompt, "stream": True, "max_tokens": arguments.max_tokens,
-                "deadline_s": arguments.deadline,
+                "prompt": prompt, "stream": True, "max_tokens": arguments.max_tokens, "deadline_s": arguments.deadline
             }  # fmt: skip
             if arguments.model:
                 query["model"] = arguments.model

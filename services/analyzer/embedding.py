@@ -17,7 +17,9 @@ class EmbeddingQueue:
     One query alone costs no extra wait; a burst of sixteen costs a few runs instead of sixteen.
     """
 
-    def __init__(self, embed: Callable[[list[str]], Vectors]) -> None:
+    def __init__(self, embed: Callable[[list[str]], Vectors], *, quick: bool = False) -> None:
+        """`quick`: embedding takes microseconds (a static table), and is done on the spot."""
+        self._quick = quick
         self._embed = embed
         self._waiting: list[tuple[str, asyncio.Future[Vectors]]] = []
         self._runner: asyncio.Task[None] | None = None
@@ -25,6 +27,9 @@ class EmbeddingQueue:
 
     async def embed(self, text: str) -> Vectors:
         """Embedding of one text: float32 [hidden], unit length."""
+        if self._quick:
+            vector: Vectors = self._embed([text])[0]
+            return vector
         future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
         self._waiting.append((text, future))
         if self._runner is None or self._runner.done():

@@ -64,7 +64,9 @@ class Analyzer:
         self._log.info("waiting_for_fleet")
         await self._models.ready.wait()
         assert self._models.policy is not None
-        self._queue = EmbeddingQueue(await asyncio.to_thread(self._open_embedder, self._models.policy))
+        policy = self._models.policy
+        embed = await asyncio.to_thread(self._open_embedder, policy)
+        self._queue = EmbeddingQueue(embed, quick=policy.embedder_variant == "static")
         await self._embed_prototypes()
         await self._embed_cards()
         self._background = [

@@ -21,6 +21,8 @@ from shared.models.store import ModelStore
 from shared.processes import yield_to_others
 from shared.settings import Settings
 
+SWITCH_S = 0.0005
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Command).decode
 
@@ -40,6 +42,9 @@ async def _run(settings: Settings) -> None:
     start = _decode(await stdin.readline())
     assert isinstance(start, Start)
     instance = f"{start.worker}.{start.spec.name}"
+    # The engine thread must not keep the event loop waiting for the interpreter between two of its native calls:
+    # by default a thread may hold on to it for 5 ms.
+    sys.setswitchinterval(SWITCH_S)
     log: Any = configure("engine", instance, settings.log_level)
     priority = settings.engine_priority if start.device.kind == "cpu" else "normal"
     meter = choose_meter(start.device, settings.power_idle_w, settings.power_core_w)
