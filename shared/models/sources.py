@@ -9,6 +9,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from shared.errors import ChecksumMismatch, SourceUnavailable
