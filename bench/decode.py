@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import machine, print_machine, print_table, write_json
-from services.workers.engine.batcher import Batcher, Finished, Request
+from services.workers.engine.batcher import Batcher, Delta, Finished, Request
 from services.workers.engine.energy import choose_meter
 from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine.session import open_session
@@ -40,12 +40,16 @@ def batched(batcher: Batcher, prompt: list[int], tokens: int, rows: int) -> floa
     for row in range(rows):
         # No stop token may end it early: the speed of `tokens` steps is what is measured.
         batcher.add(Request(str(row), [], Sampling(max_tokens=tokens + rows + 1), prompt=prompt))
-    ended: list[Finished] = []
-    while batcher.active:
-        ended += [e for e in batcher.step() if isinstance(e, Finished)]
-    begin, end = max(e.first_token_at for e in ended), min(e.ended_at for e in ended)
-    shares = [(e.tokens_out - 1) * (end - begin) / (e.ended_at - e.first_token_at) for e in ended]
-    return sum(shares) / (end - begin)
+    started: set[str] = set()
+    while len(started) < rows:  # prompts are read one after the other while others decode already
+        started |= {e.id for e in batcher.step() if isinstance(e, Delta)}
+    began, steps, ended = time.perf_counter(), 0, False
+    while not ended:
+        ended = any(isinstance(e, Finished) for e in batcher.step())
+        steps += 1
+    speed = rows * steps / (time.perf_counter() - began)
+    batcher.clear()
+    return speed
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
