@@ -29,6 +29,7 @@ Handler = Callable[[Msg], Awaitable[None]]
 _WRONG_LAST_SEQUENCE = 10071
 _QUEUE_FULL = 10077
 _RETRY_S = 0.25
+_REHEARSALS = 64
 
 
 class Log(Protocol):
@@ -113,6 +114,25 @@ class Bus:
                 await asyncio.sleep(_RETRY_S)  # no event announces that JetStream is up
             else:
                 return
+
+    async def rehearse(self) -> None:
+        """Send some messages to ourselves, so that the first query does not find the code that carries it cold."""
+        inbox, arrived = self.nc.new_inbox(), asyncio.Event()
+        left = _REHEARSALS
+
+        async def on_message(_message: Msg) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                arrived.set()
+
+        subscription = await self.nc.subscribe(inbox, cb=on_message)
+        for _ in range(_REHEARSALS):
+            await self.nc.publish(inbox, bytes(2048), headers={"Nats-Msg-Id": "rehearsal"})
+            await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError, nats.errors.Error):
+            await asyncio.wait_for(arrived.wait(), 1)
+            await subscription.unsubscribe()
 
     async def close(self) -> None:
         """Flush what is buffered and close, within 2 s."""

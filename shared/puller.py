@@ -27,6 +27,9 @@ from shared.bus import Bus, Log
 
 PULL_EXPIRES_S = 5.0
 """Life of a pull request on the server; it is renewed while there is room."""
+REFILL_SHARE = 0.5
+"""More is asked for once this share of the room is not covered by open requests: a request per message costs the
+broker and this process as much as the message."""
 
 
 @dataclass
@@ -46,6 +49,9 @@ class Puller:
     `room` says how many more messages may be taken right now; call `wake` when it has grown. A message that
     arrives when there is no room, nor any of the `slack` for requests that crossed with it, is handed back at once,
     for another instance to take.
+
+    `gather_s` is for work that nobody waits for: after the first message it leaves the others on the server for
+    that long and then takes them together, out of the way of what people do wait for.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Puller:
         limit: int = 64,
         room: Callable[[], int] | None = None,
         slack: int = 0,
+        gather_s: float = 0.0,
         ack_wait_s: float = 10.0,
         max_ack_pending: int = 20_000,
         log: Log | None = None,
@@ -71,6 +78,7 @@ class Puller:
         self._limit = limit
         self._room = room
         self._slack = slack
+        self._gather_s = gather_s
         self._ack_wait_s = ack_wait_s
         self._max_ack_pending = max_ack_pending
         self._log = log
@@ -80,6 +88,8 @@ class Puller:
         self._loop_tasks: list[asyncio.Task[None]] = []
         self._subscription: Subscription | None = None
         self._stopping = False
+        self._arrived = False
+        """Whether a message has come since the last gathering."""
 
     @property
     def in_flight(self) -> int:
@@ -155,24 +165,43 @@ class Puller:
             now = time.monotonic()
             while self._requests and (self._requests[0].until <= now or not self._requests[0].left):
                 self._requests.popleft()
-            wanted = self._free() - sum(r.left for r in self._requests)
-            if wanted > 0 and self._bus.nc.is_connected and self._subscription is not None:
-                self._requests.append(_Request(wanted, now + PULL_EXPIRES_S))
-                await self._bus.nc.publish(
-                    f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
-                    json.dumps({"batch": wanted, "expires": int(PULL_EXPIRES_S * 1e9)}).encode(),
-                    reply=self._subscription.subject,
-                )
+            asked, free = sum(r.left for r in self._requests), self._free()
+            if self._gather_s:
+                if not asked and free > 0:
+                    await self._gather(free, now)
+            elif free > asked and (free - asked >= free * REFILL_SHARE or not asked):
+                await self._ask(free - asked, now)
             wait_s = self._requests[0].until - now if self._requests else PULL_EXPIRES_S
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(wait_s, 0.01)):
                     await self._wake.wait()
+
+    async def _gather(self, free: int, now: float) -> None:
+        """Take all that came while we waited; then have the server tell of the next message by sending it."""
+        if self._arrived:
+            self._arrived = False
+            await asyncio.sleep(self._gather_s)
+            await self._ask(free, now + self._gather_s, wait=False)
+        else:
+            await self._ask(1, now)
+
+    async def _ask(self, count: int, now: float, *, wait: bool = True) -> None:
+        if not self._bus.nc.is_connected or self._subscription is None or self._stopping:
+            return
+        self._requests.append(_Request(count, now + PULL_EXPIRES_S))
+        how = {"expires": int(PULL_EXPIRES_S * 1e9)} if wait else {"no_wait": True}
+        await self._bus.nc.publish(
+            f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
+            json.dumps({"batch": count, **how}).encode(),
+            reply=self._subscription.subject,
+        )
 
     async def _on_message(self, message: Msg) -> None:
         status = (message.headers or {}).get("Status")
         if status is not None:
             await self._on_status(status)
             return
+        self._arrived = True
         for request in self._requests:
             if request.left:
                 request.left -= 1
@@ -183,9 +212,15 @@ class Puller:
         task = asyncio.create_task(self._handle(message))
         self._tasks[task] = message
         task.add_done_callback(self._on_handled)
+        # Of several messages that came together each is handled, and what it sends is on its way, before the next:
+        # the stages then work at the same time instead of one after the other.
+        await asyncio.sleep(0)
 
     async def _on_status(self, status: str) -> None:
         if status in ("404", "408"):  # a request came to its end; our own clock drops it too
+            if self._gather_s:
+                self._requests.clear()
+                self._wake.set()
             return
         if self._log and not self._stopping:
             self._log.warning("pull_refused", consumer=self._durable, status=status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -83,6 +84,8 @@ async def _serve(service: str, settings: Settings, log: Any, build: Callable[[Co
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if start.done():
             start.result()
+            settle_memory()
+            await bus.rehearse()
             await bus.nc.flush()  # the server knows our subscriptions before anyone is told that we are ready
             health.state = "ready"
             log.info("ready", pid=os.getpid())
@@ -97,6 +100,15 @@ async def _serve(service: str, settings: Settings, log: Any, build: Callable[[Co
         stop.cancel()
         await bus.close()
     log.info("stopped", handled=health.handled, failed=health.failed)
+
+
+def settle_memory() -> None:
+    """What a service has at its start it keeps: the garbage collector need not look at it again, and young objects,
+    nearly all freed by their reference counts, are looked at seldom. A full collection takes milliseconds of a query.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 async def _ensure(bus: Bus) -> bool:

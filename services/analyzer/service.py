@@ -40,8 +40,8 @@ class Analyzer:
         self._models = ModelsView(self._bus, on_change=self._on_models)
         self._models_changed = asyncio.Event()
         self._fleet = FleetView(self._bus)
-        self._cards: dict[str, profile.CardVectors] = {}
         self._prototypes: dict[str, Vectors] = {}
+        self._known = profile.references({}, {})
         self._qos = m.Qos()
         self._alive: frozenset[str] = frozenset()
         self._reported: set[tuple[str, str]] = set()
@@ -69,6 +69,7 @@ class Analyzer:
         self._queue = EmbeddingQueue(embed, quick=policy.embedder_variant == "static")
         await self._embed_prototypes()
         await self._embed_cards()
+        await self._rehearse()
         self._background = [
             asyncio.create_task(self._follow_models()),
             asyncio.create_task(self._look_over()),
@@ -111,13 +112,18 @@ class Analyzer:
         result = profile.make_profile(
             text=text,
             embedding=vector,
-            cards=self._cards,
-            prototypes=self._prototypes,
+            known=self._known,
             tokens_in=tokens,
             tokens_out=PRIOR_TOKENS_OUT,
         )
         stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, analyzed=self._context.clock()))
         return m.Analyzed(accepted=stamped, profile=result)
+
+    async def _rehearse(self) -> None:
+        """Analyse some sentences of our own, so that the first query does not find everything cold."""
+        for _, text in profile.prototype_texts():
+            accepted = m.Accepted(query=m.Query(prompt=text), query_id="rehearsal", deadline_at=0.0)
+            codec.pack(await self._analyze(codec.unpack(codec.pack(accepted), m.Accepted)))
 
     # --- knowledge ---
 
@@ -130,11 +136,9 @@ class Analyzer:
 
     async def _embed_cards(self) -> None:
         cards = list(self._models.cards.values())
-        vectors: dict[str, profile.CardVectors] = {}
-        for card in cards:
-            vectors[card.name] = profile.card_vectors(await self._queue.embed_all(profile.texts_of(card)))
+        vectors = {card.name: await self._queue.embed_all(profile.texts_of(card)) for card in cards}
         await asyncio.to_thread(self._tokens.use, cards)
-        self._cards = vectors
+        self._known = profile.references(vectors, self._prototypes)
         self._log.info("cards_embedded", cards=len(cards))
 
     def _on_models(self) -> None:

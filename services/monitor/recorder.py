@@ -18,6 +18,8 @@ from shared.puller import Puller
 
 IN_HAND = 1000
 """Messages held uncommitted per stream: two full batches."""
+GATHER_S = 0.1
+"""Recording waits this long for more, so that it keeps out of the way of the queries themselves."""
 
 
 class Recorder:
@@ -57,6 +59,7 @@ class Recorder:
             subject=subject,
             handler=handle,
             limit=IN_HAND,
+            gather_s=GATHER_S,
             log=self._log,
         )
 

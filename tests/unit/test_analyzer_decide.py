@@ -13,16 +13,29 @@ EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
 def test_affinity_prefers_the_card_whose_examples_are_near() -> None:
     """The nearest exemplars count most; a card without exemplars is judged by its description."""
-    near = profile.card_vectors(np.stack([NORTH, EAST, EAST]))
-    far = profile.card_vectors(np.stack([NORTH, NORTH, NORTH]))
-    bare = profile.card_vectors(np.stack([EAST]))
-    assert profile.affinity(EAST, near) > profile.affinity(EAST, far)
-    assert profile.affinity(EAST, bare) == 1.0
+    cards = {
+        "near": np.stack([NORTH, EAST, EAST]),
+        "far": np.stack([NORTH, NORTH, NORTH]),
+        "bare": np.stack([EAST]),
+    }
+    known = profile.references(cards, {})
+    found = profile.affinities(profile.similarities(EAST, known), known)
+    assert found["near"] > found["far"]
+    assert found["bare"] == 1.0
+
+
+def test_only_the_nearest_exemplars_count() -> None:
+    """A broad card is not punished for the exemplars that are far from this query."""
+    narrow, broad = np.stack([NORTH, EAST, EAST, EAST]), np.stack([NORTH, EAST, EAST, EAST, NORTH, NORTH])
+    known = profile.references({"narrow": narrow, "broad": broad}, {})
+    found = profile.affinities(profile.similarities(EAST, known), known)
+    assert found["narrow"] == found["broad"]
 
 
 def test_domains_are_a_distribution_led_by_the_nearest() -> None:
     """Probabilities sum to one, and the domain whose prototypes are nearest leads."""
-    found = profile.domains(EAST, {"a": np.stack([EAST]), "b": np.stack([NORTH])})
+    known = profile.references({"c": np.stack([NORTH])}, {"a": np.stack([EAST]), "b": np.stack([NORTH])})
+    found = profile.domains(profile.similarities(EAST, known), known)
     assert abs(sum(found.values()) - 1.0) < 1e-3
     assert found["a"] > 0.99
 
@@ -30,9 +43,12 @@ def test_domains_are_a_distribution_led_by_the_nearest() -> None:
 def test_a_profile_holds_what_the_planner_needs() -> None:
     """The embedding travels as float32 bytes; tokens and affinities are by name."""
     result = profile.make_profile(
-        text="2 + 2", embedding=EAST, cards={"c": profile.card_vectors(np.stack([EAST]))},
-        prototypes={"mathematics": np.stack([EAST])}, tokens_in={"m": 3}, tokens_out=40.0,
-    )  # fmt: skip
+        text="2 + 2",
+        embedding=EAST,
+        known=profile.references({"c": np.stack([EAST])}, {"mathematics": np.stack([EAST])}),
+        tokens_in={"m": 3},
+        tokens_out=40.0,
+    )
     assert np.array_equal(np.frombuffer(result.embedding, "<f4"), EAST)
     assert result.affinity == {"c": 1.0}
     assert result.tokens_in == {"m": 3}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +22,16 @@ NEAREST = 3
 
 
 @dataclass(frozen=True)
-class CardVectors:
-    """Embeddings of one card: `description` [hidden], `exemplars` [n, hidden]; all of unit length."""
+class References:
+    """What a query is compared with: all vectors in one matrix, so that a query costs one product.
 
-    description: Vectors
-    exemplars: Vectors
+    `matrix` [rows, hidden], rows of unit length: of each card the description and then its exemplars, of each domain
+    its prototypes. `cards` and `domains` say which rows are whose, as (name, first row, last row + 1).
+    """
+
+    matrix: Vectors
+    cards: tuple[tuple[str, int, int], ...]
+    domains: tuple[tuple[str, int, int], ...]
 
 
 def texts_of(card: m.Card) -> list[str]:
@@ -32,30 +39,45 @@ def texts_of(card: m.Card) -> list[str]:
     return [card.description, *card.exemplars]
 
 
-def card_vectors(embedded: Vectors) -> CardVectors:
-    """Split the embeddings of `texts_of` [1 + n, hidden]."""
-    return CardVectors(embedded[0], embedded[1:])
+def references(cards: Mapping[str, Vectors], prototypes: Mapping[str, Vectors]) -> References:
+    """Stack the embeddings of each card's `texts_of` [1 + n, hidden] and of each domain's prototypes [n, hidden]."""
+    parts = [*cards.values(), *prototypes.values()]
+    ends = list(itertools.accumulate(len(part) for part in parts))
+    spans = [(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+    return References(
+        np.ascontiguousarray(np.concatenate(parts)) if parts else np.zeros((0, 0), np.float32),
+        tuple((name, *span) for name, span in zip(cards, spans[: len(cards)], strict=True)),
+        tuple((name, *span) for name, span in zip(prototypes, spans[len(cards) :], strict=True)),
+    )
 
 
-def affinity(query: Vectors, card: CardVectors) -> float:
-    """Similarity of a query to what a card is for, -1 to 1.
+def similarities(query: Vectors, known: References) -> list[float]:
+    """Cosine of the query [hidden] with every row of the references."""
+    found: list[float] = (known.matrix @ query).tolist() if len(known.matrix) else []
+    return found
+
+
+def affinities(similar: Sequence[float], known: References) -> dict[str, float]:
+    """Similarity of a query to what each card is for, -1 to 1.
 
     The mean of the few nearest exemplars, with a quarter for the description: similarities of task prompts
     to bare descriptions are low (0.03 to 0.11 on MiniLM), so exemplars carry the signal.
     """
-    described = float(card.description @ query)
-    if not len(card.exemplars):
-        return described
-    return 0.75 * _nearest(card.exemplars @ query) + 0.25 * described
+    result: dict[str, float] = {}
+    for name, first, end in known.cards:
+        described = similar[first]
+        near = _nearest(similar[first + 1 : end]) if end - first > 1 else described
+        result[name] = round(0.75 * near + 0.25 * described, 4)
+    return result
 
 
-def domains(query: Vectors, prototypes: dict[str, Vectors]) -> dict[str, float]:
+def domains(similar: Sequence[float], known: References) -> dict[str, float]:
     """Probability by domain: softmax over the mean similarity to each domain's nearest prototypes."""
-    names = list(prototypes)
-    scores = np.array([_nearest(prototypes[name] @ query) for name in names]) / DOMAIN_TEMPERATURE
-    weights = np.exp(scores - scores.max())
-    weights /= weights.sum()
-    return {name: round(float(weight), 4) for name, weight in zip(names, weights, strict=True)}
+    scores = [_nearest(similar[first:end]) / DOMAIN_TEMPERATURE for _, first, end in known.domains]
+    top = max(scores, default=0.0)
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights)
+    return {name: round(weight / total, 4) for (name, _, _), weight in zip(known.domains, weights, strict=True)}
 
 
 def difficulty(tokens_in: int, by_domain: dict[str, float]) -> float:
@@ -71,18 +93,18 @@ def make_profile(
     *,
     text: str,
     embedding: Vectors,
-    cards: dict[str, CardVectors],
-    prototypes: dict[str, Vectors],
+    known: References,
     tokens_in: dict[str, int],
     tokens_out: float,
 ) -> m.Profile:
     """Everything the planner needs to know about one query. `embedding` [hidden], unit length."""
-    by_domain = domains(embedding, prototypes)
+    similar = similarities(embedding, known)
+    by_domain = domains(similar, known)
     longest = max(tokens_in.values(), default=len(text) // 4)
     return m.Profile(
         embedding=embedding.astype("<f4").tobytes(),
         domains=by_domain,
-        affinity={name: round(affinity(embedding, card), 4) for name, card in cards.items()},
+        affinity=affinities(similar, known),
         tokens_in=tokens_in,
         tokens_out=tokens_out,
         difficulty=difficulty(longest, by_domain),
@@ -110,7 +132,7 @@ def full_text(query: m.Query) -> str:
     return "\n".join(turn.content for turn in query.messages or [])
 
 
-def _nearest(similarities: Vectors) -> float:
-    if len(similarities) > NEAREST:
-        similarities = np.partition(similarities, -NEAREST)[-NEAREST:]
-    return float(similarities.mean())
+def _nearest(similar: Sequence[float]) -> float:
+    """Mean of the highest few."""
+    best = sorted(similar)[-NEAREST:]
+    return sum(best) / len(best)
