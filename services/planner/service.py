@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import msgspec
 import structlog
@@ -20,6 +21,7 @@ from shared.runtime import Context
 
 RETRY_S = 0.25
 """A query that meets no worker at all goes back to the queue for this long."""
+REHEARSALS = 32
 
 
 class Planner:
@@ -48,11 +50,25 @@ class Planner:
         await self._placement.start()
         self._log.info("waiting_for_fleet")
         await self._knowledge.models.ready.wait()
+        self._rehearse()
         await self._puller.start()
 
     async def stop(self) -> None:
         await self._puller.stop(self._context.settings.drain_s)
         await self._placement.stop()
+
+    def _rehearse(self) -> None:
+        """Route some queries of our own over a worker of our own, so that the first query does not find all cold."""
+        state = self._knowledge.state()
+        if state is None:
+            return
+        device = m.Device(kind="cpu", name="rehearsal", memory_bytes=2**40)
+        worker = m.WorkerState(worker="rehearsal", host="", device=device, budget_bytes=2**40)
+        state, now = replace(state, workers=[worker]), self._context.clock()
+        accepted = m.Accepted(query=m.Query(prompt="rehearsal"), query_id="rehearsal", deadline_at=now + 60.0)
+        for _ in range(REHEARSALS):
+            analyzed = codec.unpack(codec.pack(m.Analyzed(accepted=accepted, profile=m.Profile())), m.Analyzed)
+            codec.pack(m.Planned(accepted=accepted, route=routing.decide(analyzed, state, now)))
 
     def _on_change(self) -> None:
         self._placement.wake()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ MAX_DELIVERIES = 6
 HELD = 2
 """Both priorities may ask for the last slot at once; what arrives beyond it waits here for the next one."""
 REPORT_S = 0.2
+TURNS_TO_FLUSH = 3
+"""Turns of the event loop from an event's arrival at its query until what that publishes is on the socket: the query's
+task runs, the client's flusher runs, and the transport has written."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ class EngineHost:
         self._taken = 0
         self._cancelled: dict[str, None] = {}
         self._wanted = threading.Condition()
+        self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
         self._incoming: list[Request] = []
         self._outgoing: list[str] = []
         self._halt = False
@@ -86,7 +90,7 @@ class EngineHost:
         self._tpot_s = 0.0
         self._last_used = 0.0
         self._process = psutil.Process()
-        self._reporter: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         spec = start.spec
         self._pullers = [
@@ -112,7 +116,10 @@ class EngineHost:
         self._open_since = self._ready_at = self._clock()
         for puller in self._pullers:
             await puller.start()
-        self._reporter = asyncio.create_task(self._report_changes())
+        self._background = [
+            asyncio.create_task(self._report_changes()),
+            asyncio.create_task(self._distribute()),
+        ]
 
     async def stop(self, timeout_s: float) -> None:
         """Take nothing new, finish what is in hand within `timeout_s`, hand back the rest."""
@@ -123,8 +130,7 @@ class EngineHost:
             self._halt = True
             self._wanted.notify()
         self._thread.join(timeout=5)
-        if self._reporter is not None:
-            await tasks.end([self._reporter])
+        await tasks.end(self._background)
 
     # --- the engine thread ---
 
@@ -154,9 +160,21 @@ class EngineHost:
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
             if events:
-                self._loop.call_soon_threadsafe(self._deliver, events)
+                self._loop.call_soon_threadsafe(self._events.put_nowait, events)
 
-    def _deliver(self, events: list[Event]) -> None:
+    async def _distribute(self) -> None:
+        """Hand each step's events to the queries they belong to: those that ended first, and their claims are on
+        their way to the broker before the chunks of the others are written."""
+        while True:
+            events = await self._events.get()
+            ended = {e.id for e in events if not isinstance(e, Delta)}
+            self._hand_out(e for e in events if e.id in ended)
+            if ended and len(ended) < len(events):
+                for _ in range(TURNS_TO_FLUSH):
+                    await asyncio.sleep(0)
+            self._hand_out(e for e in events if e.id not in ended)
+
+    def _hand_out(self, events: Iterable[Event]) -> None:
         for event in events:
             job = self._jobs.get(event.id)
             if job is not None:
