@@ -14,6 +14,7 @@ CalmError
 │   ├── EngineFailed         `engine_failed`       every attempt of the route failed
 │   └── Overloaded           `overloaded`          the queue is full
 ├── FleetFileInvalid         `fleet_invalid`       a fleet file; carries path, line, remedy
+├── DataInvalid              `data_invalid`        recorded outcomes or a trace; carries path, line, remedy
 ├── ModelError               models and the model store
 │   ├── SourceUnavailable    `source_unavailable`  download or read failed
 │   ├── ChecksumMismatch     `checksum_mismatch`   the bytes are not the ones that were pinned
@@ -102,6 +103,21 @@ class FleetFileInvalid(CalmError):
     """A fleet file that cannot be used. `line` is 1-based, 0 when the whole file is meant."""
 
     code = "fleet_invalid"
+
+    def __init__(self, message: str, remedy: str = "", *, path: str = "", line: int = 0) -> None:
+        super().__init__(message, remedy)
+        self.path = path
+        self.line = line
+
+    def __str__(self) -> str:
+        where = f"{self.path}:{self.line}: " if self.line else f"{self.path}: " if self.path else ""
+        return f"{where}{super().__str__()}"
+
+
+class DataInvalid(CalmError):
+    """Recorded outcomes or arrivals that cannot be used. `line` is 1-based, 0 when the whole file is meant."""
+
+    code = "data_invalid"
 
     def __init__(self, message: str, remedy: str = "", *, path: str = "", line: int = 0) -> None:
         super().__init__(message, remedy)
