@@ -94,6 +94,39 @@ class Feedback(_Public, frozen=True, kw_only=True, tag="feedback.v1"):
     label: Annotated[str, Meta(max_length=200)] | None = None
 
 
+class Objectives(_Public, frozen=True, kw_only=True, tag="objectives.v1"):
+    """What the fleet is to hold, averaged over its queries. `None` means that there is no such objective."""
+
+    latency_p95_s: Positive | None = None
+    """95 % of queries take no longer than this, from acceptance to the last token."""
+    energy_j_per_query: Positive | None = None
+    """Mean energy of a query."""
+    energy_j_per_hour: Positive | None = None
+    """Energy of all queries of an hour."""
+    min_quality_ratio: Annotated[float, Meta(gt=0.0, le=2.0)] | None = None
+    """Mean predicted quality, as a share of what the card `reference` would have given."""
+    reference: Slug | None = None
+    """The card that `min_quality_ratio` is relative to."""
+    w_quality: NonNegative | None = None
+    """Weight of quality in place of the fleet's own."""
+    w_latency: NonNegative | None = None
+    """Weight of latency in place of the fleet's own; where a latency objective holds, the controller moves it."""
+    w_energy: NonNegative | None = None
+    """Weight of energy in place of the fleet's own; where an energy objective holds, the controller moves it."""
+
+
+class Control(_Public, frozen=True, kw_only=True, tag="control.v1"):
+    """Argument of `calm.control`: show, change or withdraw the fleet's objectives while it runs."""
+
+    action: Literal["show", "set", "reset"] = "show"
+    """`set` changes what `objectives` gives and leaves the rest; `reset` goes back to the fleet file."""
+    objectives: Objectives = Objectives()
+    clear: list[str] = []
+    """With `set`: names of objectives that are withdrawn."""
+    by: Annotated[str, Meta(max_length=200)] = ""
+    """Who asked, for the record."""
+
+
 # --- Public: what clients receive ---------------------------------------------------------------
 
 
@@ -153,6 +186,29 @@ class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
     attempt: int
     why: str
     """One sentence: why this model. `calm explain ID` has the whole decision."""
+
+
+class ControlState(_Public, frozen=True, kw_only=True, tag="control_state.v1"):
+    """The objectives in force, the weights as moved to hold them, and how they stand. The reply of `calm.control`."""
+
+    objectives: Objectives = Objectives()
+    version: int = 0
+    """Grows with every change of the objectives."""
+    changed_at: float = 0.0
+    changed_by: str = ""
+    weights: dict[str, float] = {}
+    """w_q, w_l and w_e as the planners use them, with their scales `latency_slo_s` and `energy_ref_j`."""
+    moved_at: float = 0.0
+    """When the controller last moved the weights; 0 when the fleet's own stand."""
+    controller: str = ""
+    """The planner that runs the controller."""
+    count: int = 0
+    """Queries that the figures below are over, 500 at most."""
+    latency_p95_s: float | None = None
+    energy_j_mean: float | None = None
+    energy_j_per_hour: float | None = None
+    infeasible: list[str] = []
+    """Objectives that are broken with their weight at its bound: no policy of this fleet holds them now."""
 
 
 class Chunk(_Public, frozen=True, kw_only=True, tag="chunk.v1"):
@@ -465,6 +521,9 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     w_energy: float = 0.1
     latency_slo_s: float = 5.0
     energy_ref_j: float = 50.0
+    latency_spread: float = 0.0
+    """Standard deviation of log(latency / prediction). Above 0, f of the utility is the probability of exceeding
+    `latency_slo_s`, as the dual controller needs it; at 0 it is a curve through 0 and, at the objective, 1."""
     min_residence_s: float = 3.0
     """A model stays at least this long after it became ready."""
     idle_evict_s: float = 600.0

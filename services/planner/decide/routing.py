@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.planner.decide import cost, quality
+from services.planner.decide import cost, dual, quality
 from shared import messages as m
 from shared.errors import CalmError, ContextExceeded, NoFeasibleModel
 
@@ -90,16 +90,27 @@ def weights_of(preference: m.Preference, policy: m.Policy) -> dict[str, float]:
     }
 
 
-def latency_penalty(ratio: float) -> float:
-    """f(L / SLO): 0 at 0, 1 at the objective, growing ever more slowly beyond it."""
-    return math.log1p(max(ratio, 0.0)) / math.log(2.0)
+LATE_TILT = 0.05
+"""Weight of the curve beside the probability, so that the faster of two certainly late candidates is preferred."""
+
+
+def latency_penalty(ratio: float, spread: float = 0.0) -> float:
+    """f(L / SLO): 0 at 0, 1 at the objective, growing ever more slowly beyond it.
+
+    With a `spread` (standard deviation of log latency about its prediction) it is the probability of being late,
+    plus a little of that curve: the Lagrangian of an objective on the 95th percentile needs the probability.
+    """
+    curve = math.log1p(max(ratio, 0.0)) / math.log(2.0)
+    if spread <= 0.0 or ratio <= 0.0:
+        return curve if spread <= 0.0 else 0.0
+    return dual.late_probability(ratio, spread) + LATE_TILT * curve
 
 
 def utility(q: float, latency_s: float, energy_j: float, weights: Mapping[str, float], policy: m.Policy) -> float:
     """U = w_q q - w_l f(L / SLO) - w_e E / E_ref: monotone in quality, antitone in latency and energy."""
     return (
         weights["w_q"] * q
-        - weights["w_l"] * latency_penalty(latency_s / policy.latency_slo_s)
+        - weights["w_l"] * latency_penalty(latency_s / policy.latency_slo_s, policy.latency_spread)
         - weights["w_e"] * energy_j / policy.energy_ref_j
     )
 
@@ -158,7 +169,8 @@ def _candidate(
             "active_j": best.active_j,
             "load_j": best.load_j,
             "u_quality": weights["w_q"] * q,
-            "u_latency": -weights["w_l"] * latency_penalty(best.latency_s / state.policy.latency_slo_s),
+            "u_latency": -weights["w_l"]
+            * latency_penalty(best.latency_s / state.policy.latency_slo_s, state.policy.latency_spread),
             "u_energy": -weights["w_e"] * best.energy_j / state.policy.energy_ref_j,
         },
     )
