@@ -168,10 +168,13 @@ class Simulation:
         """[m] when the oldest query began to wait for a model that is not resident; -1 when none does."""
         self.busy = [0] * self.workers
         """[w] engines at work."""
+        self._changed: set[Engine] = set()
+        """Engines whose state scoring has not been told since the last decision."""
         self._pending: list[list[tuple[int, float]]] = [[] for _ in range(self.workers)]
         self._events: list[tuple[float, int, int, Any]] = []
         self._serial = 0
         self._clock = clock
+        self._cascades = getattr(router, "cascades", True)
         n = len(work)
         self._tin: list[float] = work.tokens_in.tolist()
         self._tout: list[list[float]] = np.maximum(work.tokens_out, 1.0).tolist()
@@ -272,6 +275,7 @@ class Simulation:
         return self._result()
 
     def _arrive(self, i: int, now: float) -> None:
+        self._tell_changed()
         if self._clock is not None and i & 63 == 0:
             began = self._clock()
             model, worker = self.router.route(i, now, self.scoring)
@@ -305,8 +309,7 @@ class Simulation:
             if not self.coming[model]:
                 self.residency.need(self, model, now)
         else:
-            for engine in holders:
-                self._tell(engine)
+            self._changed.update(holders)
 
     def _join(self, engine: Engine, i: int, now: float) -> None:
         n = engine.n
@@ -333,7 +336,7 @@ class Simulation:
             self._ttft[i] = engine.at + engine.step - self._born[i]
         heapq.heappush(engine.heap, (engine.v + self._tout[i][engine.model], i, engine.j))
         self._wake(engine)
-        self._tell(engine)
+        self._changed.add(engine)
 
     def _step(self, engine: Engine, now: float) -> None:
         """Sequences end; queued queries take their slots."""
@@ -345,6 +348,7 @@ class Simulation:
         self._engine_j += spent * n
         engine.at = engine.used = now
         ended: list[int] = []
+        cascade = self._cascades
         limit = engine.v + 1e-6
         while heap and heap[0][0] <= limit:
             _, i, j = heapq.heappop(heap)
@@ -363,7 +367,7 @@ class Simulation:
                 share = self.busy[engine.worker] if self.fleet.shared else 1
                 engine.step = engine.tpot * (1.0 + engine.slope * (engine.n - 1)) * share
                 self._wake(engine)
-            self._tell(engine)
+            self._changed.add(engine)
         elif engine.n == 0:
             self._leave(engine)
         else:
@@ -371,6 +375,8 @@ class Simulation:
             engine.step = engine.tpot * (1.0 + engine.slope * (engine.n - 1)) * share
             self._wake(engine)
         for i in ended:
+            if cascade:
+                self._tell_changed()
             further = self.router.after(i, model, self._attempts[i], now, self.scoring)
             if further >= 0:
                 self.residency.routed(self, i, further, now)
@@ -402,7 +408,7 @@ class Simulation:
                 engine.step = engine.tpot * (1.0 + engine.slope * (n - 1)) * share
                 self._wake(engine)
             if engine.state == READY:
-                self._tell(engine)
+                self._changed.add(engine)
 
     def _wake(self, engine: Engine) -> None:
         at = engine.at + max(engine.heap[0][0] - engine.v, 0.0) * engine.step
@@ -468,6 +474,12 @@ class Simulation:
                 self.residency.need(self, model, self.now)
 
     # What scoring is told
+
+    def _tell_changed(self) -> None:
+        for engine in self._changed:
+            if engine.state == READY:
+                self._tell(engine)
+        self._changed.clear()
 
     def _tell(self, engine: Engine) -> None:
         """A ready engine's state, after a change."""

@@ -54,7 +54,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Take the energy of a token at this many concurrent sequences; 0 follows the simulated concurrency."""
 
 
-class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fleet: _Head
     models: list[SimModel]
     workers: list[SimWorker]
@@ -88,7 +88,7 @@ class SimFleet:
         return Costs(*(table(f) for f in ("prefill_s", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")))
 
 
-def load_fleet(name_or_path: str | Path) -> tuple[_File, Profile]:
+def load_fleet(name_or_path: str | Path) -> tuple[File, Profile]:
     """Read a simulated fleet's file and its profile.
 
     Raises:
@@ -98,7 +98,7 @@ def load_fleet(name_or_path: str | Path) -> tuple[_File, Profile]:
     if not path.suffix:
         path = FLEETS / f"{name_or_path}.toml"
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), File)
     except OSError:
         raise DataInvalid("There is no such fleet file.", "Name one that can be read.", path=str(path)) from None
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
@@ -109,7 +109,7 @@ def load_fleet(name_or_path: str | Path) -> tuple[_File, Profile]:
 
 
 def build(
-    file: _File,
+    file: File,
     profile: Profile,
     models: Sequence[str],
     *,

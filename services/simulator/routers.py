@@ -16,6 +16,8 @@ Array = NDArray[Any]
 class Fixed:
     """Choices [n] made beforehand, whatever the state of the fleet."""
 
+    cascades = False
+
     def __init__(self, choices: Array) -> None:
         self._choices: list[int] = np.asarray(choices).tolist()
 
@@ -56,6 +58,7 @@ class Scored:
         self.weights = weights
         self._escalate = escalate
         self._on_end = on_end
+        self.cascades = escalate is not None
 
     def route(self, i: int, now: float, fleet: Fleet) -> tuple[int, int]:
         u = fleet.utilities(self._quality[i], self._tokens_in[i], self._tokens_out[i], self.weights, now)
