@@ -1,7 +1,7 @@
 """Sentence embeddings of recorded prompts, computed once and kept.
 
-They are cached as `<home>/cache/embeddings/<hash>.npy`; the hash covers the prompts, the embedder's files, its variant
-and the token limit. The embedder is fetched into the model store when it is not there.
+They are cached prompt by prompt under `<home>/cache/embeddings/<embedder, variant and token limit>`, so that another
+split of the same queries costs nothing. The embedder is fetched into the model store when it is not there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from shared.models.store import ModelStore
 from shared.settings import Settings
 
 BATCH = 16
-VARIANT = "fp32"
+VARIANT = "int8"
+"""Half the time of fp32 for the same routing accuracy: 110 s against 240 s for 5,943 questions of MMLU-Pro on two busy
+cores; ridge on predicted categories gets 0.462, 0.463 and 0.466 (int8) or 0.464, 0.463 and 0.467 (fp32) in three
+cross-validations. Fewer tokens cost accuracy."""
 
 Floats = NDArray[np.float32]
 
@@ -52,19 +55,31 @@ def embed(
             pull.pull(wanted, store, bars, hub=settings.hub_url, token=settings.hub_token)
     manifest, folder = store.get(wanted.name), store.path(wanted.name)
     found = store.variant(wanted.name, variant)
-    digest = hashlib.sha256(repr((sorted(found.files.items()), variant, max_tokens)).encode())
-    for prompt in prompts:
-        digest.update(len(prompt).to_bytes(8, "little") + prompt.encode())
-    cached = settings.home.expanduser() / "cache" / "embeddings" / f"{digest.hexdigest()[:32]}.npy"
-    if cached.is_file():
-        return np.asarray(np.load(cached), np.float32)
-    if found.layout == "static":
-        result = open_embedder(folder, manifest, variant)(list(prompts))
-    else:
-        model = Embedder(folder, manifest, variant, threads or _cores(), max_tokens)
-        result = _by_length(model, prompts)
-    _save(cached, result)
-    return result
+    made_by = hashlib.sha256(repr((sorted(found.files.items()), variant, max_tokens)).encode()).hexdigest()[:16]
+    cache = settings.home.expanduser() / "cache" / "embeddings" / made_by
+    keys = [hashlib.sha256(prompt.encode()).digest()[:16] for prompt in prompts]
+    known = _cached(cache)
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+    if missing:
+        if found.layout == "static":
+            vectors = open_embedder(folder, manifest, variant)(list(missing.values()))
+        else:
+            vectors = _by_length(
+                Embedder(folder, manifest, variant, threads or _cores(), max_tokens), [*missing.values()]
+            )
+        _save(cache, list(missing), vectors)
+        known |= dict(zip(missing, vectors, strict=True))
+    return np.stack([known[key] for key in keys]) if keys else np.zeros((0, manifest.architecture.hidden), np.float32)
+
+
+def _cached(folder: Path) -> dict[bytes, Floats]:
+    """Every vector in the cache, by the hash of its prompt."""
+    known: dict[bytes, Floats] = {}
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as file:
+            keys, vectors = file["keys"], file["vectors"]
+        known.update((key.tobytes(), vector) for key, vector in zip(keys, vectors, strict=True))
+    return known
 
 
 def _by_length(model: Embedder, prompts: Sequence[str]) -> Floats:
@@ -86,12 +101,13 @@ def _by_length(model: Embedder, prompts: Sequence[str]) -> Floats:
     return result
 
 
-def _save(path: Path, array: Floats) -> None:
+def _save(folder: Path, keys: list[bytes], vectors: Floats) -> None:
     """Whole or not at all, also when two commands embed the same prompts at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.save(file, array)
-    Path(file.name).replace(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+        np.savez(file, keys=stored, vectors=vectors)
+    Path(file.name).replace(folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npz")
 
 
 def _cores() -> int:
