@@ -6,7 +6,6 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from services.planner.decide import dual
@@ -49,6 +48,7 @@ class Controlled(Scored):
         self._open: dict[int, dual.Decided] = {}
         self._late: list[tuple[float, int]] = []
         """(time at which it becomes late, query)."""
+        self._told_late: set[int] = set()
 
     def route(self, i: int, now: float, fleet: Fleet) -> tuple[int, int]:
         self._become_late(now)
@@ -74,5 +74,15 @@ class Controlled(Scored):
         return model, worker
 
     def observe(self, i: int, model: int, latency_s: float, energy_j: float, now: float) -> None:
+        self._become_late(now)
         decided = self._open.pop(i)
-        self.state = dual.ended(self.state, self._objectives, dual.Ended(latency_s, energy_j, decided))
+        ended = dual.Ended(latency_s, energy_j, decided, known_late=i in self._told_late)
+        self._told_late.discard(i)
+        self.state = dual.ended(self.state, self._objectives, ended)
+
+    def _become_late(self, now: float) -> None:
+        while self._late and self._late[0][0] < now:
+            _, i = heapq.heappop(self._late)
+            if i in self._open:
+                self._told_late.add(i)
+                self.state = dual.late(self.state, self._objectives, self._open[i])

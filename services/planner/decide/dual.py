@@ -20,7 +20,7 @@ little noise, and no bias that lasts. A term in proportion to the violation of t
 Angelopoulos, Candes & Tibshirani, "Conformal PID Control for Time Series Prediction", NeurIPS 2023: it answers what
 the predictions do not see. `a` is below 0.05 by what it takes to hold a window of `WINDOW` queries.
 
-`decided` and `ended` take a state and what happened, and give the next state; `weights` reads one.
+`decided`, `late` and `ended` take a state and what happened, and give the next state; `weights` reads one.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ class Decided:
 
 @dataclass(frozen=True)
 class Ended:
-    """A query has ended, or has become late without having ended: `latency_s` is then its time so far."""
+    """A query has ended."""
 
     latency_s: float
-    energy_j: float | None
-    """None while it has not ended."""
+    energy_j: float
     predicted: Decided
+    known_late: bool = False
+    """That it is late has been told before, by `late`."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ def decided(state: State, objectives: m.Objectives, seen: Decided) -> State:
     """A query has been routed: each price moves by its predicted violation."""
     state = _arrived(state, seen.at)
     if objectives.latency_p95_s is not None:
-        late = late_probability(seen.latency_s / objectives.latency_p95_s, state.spread)
-        violation = min(late * ratio(state.latency), 1.0) / exceedance_target() - 1.0
+        tardy = late_probability(seen.latency_s / objectives.latency_p95_s, state.spread)
+        violation = min(tardy * ratio(state.latency), 1.0) / exceedance_target() - 1.0
         state = replace(state, latency=_move(state.latency, violation, LOWEST, HIGHEST))
     if (limit := energy_limit_j(objectives, state.gap_s)) is not None:
         violation = seen.energy_j * ratio(state.energy) / (limit * (1.0 - ENERGY_MARGIN)) - 1.0
@@ -155,7 +156,7 @@ def decided(state: State, objectives: m.Objectives, seen: Decided) -> State:
 
 
 def ended(state: State, objectives: m.Objectives, seen: Ended) -> State:
-    """A query has ended, or is late: the ratios of outcomes to predictions move."""
+    """A query has ended: the ratios of outcomes to predictions move."""
     expected = seen.predicted
     state = replace(state, latencies=(*state.latencies[-(WINDOW - 1) :], seen.latency_s))
     if expected.latency_s > 0.0 and seen.latency_s > 0.0:
@@ -166,15 +167,19 @@ def ended(state: State, objectives: m.Objectives, seen: Ended) -> State:
             bias=state.bias + (error - state.bias) / RATIO_MEMORY,
             spread=max(LEAST_SPREAD, min(math.sqrt(variance), GREATEST_SPREAD)),
         )
-    if objectives.latency_p95_s is not None:
-        late = 1.0 if seen.latency_s > objectives.latency_p95_s else 0.0
-        predicted = late_probability(expected.latency_s / objectives.latency_p95_s, state.spread)
-        state = replace(state, latency=_learn(state.latency, late, predicted, exceedance_target()))
-    if seen.energy_j is not None:
-        state = replace(state, energies=(*state.energies[-(WINDOW - 1) :], seen.energy_j))
-        if (limit := energy_limit_j(objectives, state.gap_s)) is not None:
-            state = replace(state, energy=_learn(state.energy, seen.energy_j, expected.energy_j, limit))
+    if objectives.latency_p95_s is not None and not seen.known_late:
+        state = _witness(state, objectives.latency_p95_s, expected, late=seen.latency_s > objectives.latency_p95_s)
+    state = replace(state, energies=(*state.energies[-(WINDOW - 1) :], seen.energy_j))
+    if (limit := energy_limit_j(objectives, state.gap_s)) is not None:
+        state = replace(state, energy=_learn(state.energy, seen.energy_j, expected.energy_j, limit))
     return state
+
+
+def late(state: State, objectives: m.Objectives, predicted: Decided) -> State:
+    """A query has not ended within the latency objective: it counts as late now, not when it ends at last."""
+    if objectives.latency_p95_s is None:
+        return state
+    return _witness(state, objectives.latency_p95_s, predicted, late=True)
 
 
 def weights(state: State, objectives: m.Objectives, policy: m.Policy) -> m.Policy:
@@ -269,6 +274,11 @@ def ratio(price: Price) -> float:
     prior = RATIO_PRIOR / max(price.count, 1.0) * price.expected
     floor = max(price.expected + prior, 1e-12)
     return max(0.2, min((price.outcome + prior) / floor, 5.0)) if price.expected > 0.0 else 1.0
+
+
+def _witness(state: State, objective_s: float, predicted: Decided, *, late: bool) -> State:
+    expected = late_probability(predicted.latency_s / objective_s, state.spread)
+    return replace(state, latency=_learn(state.latency, float(late), expected, exceedance_target()))
 
 
 def _arrived(state: State, at: float) -> State:
