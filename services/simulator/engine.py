@@ -171,9 +171,11 @@ class Simulation:
         self._changed: set[Engine] = set()
         """Engines whose state scoring has not been told since the last decision."""
         self._pending: list[list[tuple[int, float]]] = [[] for _ in range(self.workers)]
+        self._loading = [False] * self.workers
         self._events: list[tuple[float, int, int, Any]] = []
         self._serial = 0
         self._clock = clock
+        self._swap = getattr(residency, "swap", None)
         self._cascades = getattr(router, "cascades", True)
         n = len(work)
         self._tin: list[float] = work.tokens_in.tolist()
@@ -231,6 +233,10 @@ class Simulation:
         else:
             self.tell_worker(worker)
         return True
+
+    def pending(self, worker: int) -> list[int]:
+        """Models whose load waits for memory."""
+        return [model for model, _ in self._pending[worker]]
 
     def promised(self, worker: int) -> int:
         """Bytes that loads which wait for memory will take."""
@@ -433,12 +439,15 @@ class Simulation:
         return engine
 
     def _begin_loads(self, worker: int) -> None:
+        """One at a time: loads on a worker share its drive."""
         pending = self._pending[worker]
-        while pending:
+        if pending and not self._loading[worker]:
             model, _ = pending[0]
             if self.fleet.footprint_bytes[model] > self.free[worker] or model in self.engines[worker]:
-                break
+                self.tell_worker(worker)
+                return
             pending.pop(0)
+            self._loading[worker] = True
             engine = self._engine(model, worker)
             unit = self.fleet.unit[model][worker]
             engine.ready_at = self.now + unit.load_s
@@ -449,6 +458,7 @@ class Simulation:
 
     def _ready(self, engine: Engine, now: float) -> None:
         engine.state, engine.since, engine.used, engine.at = READY, now, now, now
+        self._loading[engine.worker] = False
         model = engine.model
         self.coming[model] -= 1
         self.holders[model].append(engine)
@@ -457,6 +467,7 @@ class Simulation:
         while queue and engine.n < engine.slots:
             self._join(engine, queue.popleft(), now)
         self.tell_model(model)
+        self._begin_loads(engine.worker)
         self.ask_for_unmet()
 
     def _leave(self, engine: Engine) -> None:
@@ -514,10 +525,11 @@ class Simulation:
             ready_at = engine.ready_at
         elif pending:
             ready_at = self.now + self.fleet.unit[model][worker].load_s
-        burden = getattr(self.residency, "burden", None)
+        swap = None if self._swap is None else self._swap(self, model, worker)
         self.scoring.set_state(
             model, worker, ready=False, active=0, waiting=len(self.queue[model]), ready_at=ready_at,
-            busy_engines=self.busy[worker], burden=burden(self, model, worker) if burden is not None else 0.0,
+            busy_engines=self.busy[worker], delay_s=swap.delay_s if swap else 0.0,
+            burden=swap.burden if swap else 0.0, sharing=swap.sharing if swap else 1.0,
         )  # fmt: skip
 
     def _result(self) -> Result:

@@ -26,12 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide import dual
-
 Array = NDArray[Any]
 LN2 = math.log(2.0)
-LATE_TILT = 0.05
-"""Weight of the curve beside the probability of being late."""
 TIE = 1e-9
 """Of two workers of equal utility the faster is taken: seconds weigh this much, and only for that."""
 
@@ -49,8 +45,6 @@ class Weights(Protocol):
     def latency_slo_s(self) -> float: ...
     @property
     def energy_ref_j(self) -> float: ...
-    @property
-    def latency_spread(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +120,7 @@ class Fleet:
         ready_at: float | None = None,
         delay_s: float = 0.0,
         burden: float = 0.0,
+        sharing: float = 1.0,
     ) -> None:
         """Tell how things stand for an artifact on a worker.
 
@@ -138,6 +133,7 @@ class Fleet:
             ready_at: when a load under way ends, in the clock of `score`; None when none is.
             delay_s: before a load could begin (victims drain).
             burden: utility that others lose by a load here.
+            sharing: queries that one load is expected to serve while it is fresh; those waiting count at least.
         """
         if not self.joint or not self.fits[artifact, worker]:
             return
@@ -155,7 +151,8 @@ class Fleet:
         if not ready and ready_at is None:
             load = self._load[artifact][worker] + delay_s
             # One load serves all who wait for it: each answers for its share.
-            load_j, lost = self._load_j[artifact][worker] / (waiting + 1), burden / (waiting + 1)
+            served = max(waiting + 1.0, sharing)
+            load_j, lost = self._load_j[artifact][worker] / served, burden / served
         if not ready and ready_at is not None:
             self._arriving[key] = (ready_at, queue)  # the clock fills in what is left of the load
         elif self._arriving:
@@ -193,11 +190,8 @@ class Fleet:
         np.add(lat, a, out=lat)
         np.add(lat, self.wait_s, out=lat)
         np.multiply(lat, 1.0 / slo, out=a)
-        if weights.latency_spread > 0.0:
-            np.multiply(late(a, weights.latency_spread), weights.w_latency, out=a)
-        else:
-            np.log1p(a, out=a)
-            np.multiply(a, weights.w_latency / LN2, out=a)
+        np.log1p(a, out=a)
+        np.multiply(a, weights.w_latency / LN2, out=a)
         np.multiply(costs.decode_j, tokens_out, out=b)
         np.add(b, self.load_j, out=b)
         if self._prefill_costs_energy:
@@ -206,7 +200,7 @@ class Fleet:
         np.add(a, b, out=a)
         if self.joint and self.crowds:
             np.multiply(self.crowd_s, tokens_out, out=b)
-            np.multiply(b, weights.w_latency * slope_of_penalty(slo, weights.latency_spread), out=b)
+            np.multiply(b, weights.w_latency * slope_of_penalty(slo), out=b)
             np.add(a, b, out=a)
         np.add(a, self.burden, out=a)
         np.multiply(lat, TIE, out=lat)
@@ -268,8 +262,8 @@ def score(
     decode = fleet.step_s[a] * t_out
     latency = fleet.wait_s[a] + prefill + decode
     energy = costs.prefill_j[a] * t_in + costs.decode_j[a] * t_out + fleet.load_j[a]
-    slope = weights.w_latency * slope_of_penalty(weights.latency_slo_s, weights.latency_spread)
-    lost = penalties(latency / weights.latency_slo_s, weights.latency_spread) * weights.w_latency
+    slope = weights.w_latency * slope_of_penalty(weights.latency_slo_s)
+    lost = np.log1p(latency / weights.latency_slo_s) * (weights.w_latency / LN2)
     lost += energy * (weights.w_energy / weights.energy_ref_j)
     lost += fleet.crowd_s[a] * (t_out * slope)
     lost += fleet.burden[a]
@@ -292,29 +286,13 @@ def score(
         active_j=energy_j - load_j,
         load_j=load_j,
         u_quality=own,
-        u_latency=-penalties(latency[rows, best] / weights.latency_slo_s, weights.latency_spread) * weights.w_latency,
+        u_latency=-np.log1p(latency[rows, best] / weights.latency_slo_s) * (weights.w_latency / LN2),
         u_energy=-energy_j * (weights.w_energy / weights.energy_ref_j),
         u_crowding=-crowd,
         u_burden=-fleet.burden[a, best],
     )
 
 
-def penalties(ratio: Array, spread: float) -> Array:
-    """f(L / SLO), see `routing.latency_penalty`; an array of the same shape."""
-    return late(ratio, spread) if spread > 0.0 else np.log1p(ratio) / LN2
-
-
-def late(ratio: Array, spread: float) -> Array:
-    """The probability of being late, plus a tilt that prefers the faster of two that are late for certain."""
-    return 1.0 / (1.0 + np.maximum(ratio, 1e-9) ** (-dual.SLOPE / spread)) + np.log1p(ratio) * (LATE_TILT / LN2)
-
-
-def slope_of_penalty(latency_slo_s: float, spread: float = 0.0) -> float:
-    """f'(L), per second: what a second costs a query.
-
-    At the objective, for the curve. For the probability of being late, where the share `dual.TAIL` is late: the
-    density of latency there, since most queries are far from being late and lose nothing by another second.
-    """
-    if spread > 0.0:
-        return dual.SLOPE / spread * dual.TAIL * (1.0 - dual.TAIL) / latency_slo_s
+def slope_of_penalty(latency_slo_s: float) -> float:
+    """f'(L), per second, at the objective: what a second costs a query that is just in time."""
     return 0.5 / (LN2 * latency_slo_s)
