@@ -521,9 +521,6 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     w_energy: float = 0.1
     latency_slo_s: float = 5.0
     energy_ref_j: float = 50.0
-    latency_spread: float = 0.0
-    """Standard deviation of log(latency / prediction). Above 0, f of the utility is the probability of exceeding
-    `latency_slo_s`, as the dual controller needs it; at 0 it is a curve through 0 and, at the objective, 1."""
     min_residence_s: float = 3.0
     """A model stays at least this long after it became ready."""
     idle_evict_s: float = 600.0

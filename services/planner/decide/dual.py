@@ -4,10 +4,12 @@ The planner maximises, query by query, the Lagrangian of "best quality subject t
 
     U = w_q q - w_l f(L / S) - w_e E / J
 
-with S the objective for the 95th percentile of latency, J that for the mean energy of a query, and f the probability
-that the query will be late (`late_probability`). The weights are prices. Each follows online mirror descent in the
-dual with the entropy as mirror map (Balseiro, Lu & Mirrokni, "The Best of Many Worlds: Dual Mirror Descent for Online
-Allocation Problems", Operations Research 71, 2023): it is multiplied by exp(step x violation) at every query, where
+with S the objective for the 95th percentile of latency, J that for the mean energy of a query, and f a concave curve.
+(The Lagrangian proper has the probability of being late in place of f. It was tried and holds less quality at the same
+percentile: a query that is not late itself still makes others so, and f charges for that.) The weights are prices.
+Each follows online mirror descent in the dual with the entropy as mirror map (Balseiro, Lu & Mirrokni, "The Best of
+Many Worlds: Dual Mirror Descent for Online Allocation Problems", Operations Research 71, 2023): it is multiplied by
+exp(step x violation) at every query, where
 
     energy      violation = E / J - 1
     latency     violation = P(late) / a - 1     (quantile tracking on exceedances, not on means: Gibbs & Candes,
@@ -16,9 +18,10 @@ Allocation Problems", Operations Research 71, 2023): it is multiplied by exp(ste
 
 An end comes late, and whether one query was late is a noisy witness, so a price moves by what was *predicted* when
 the query was routed, times the ratio of what came to what had been predicted over the ends known so far: no delay,
-little noise, and no bias that lasts. A term in proportion to the violation of the recent *ends* is added, as in
-Angelopoulos, Candes & Tibshirani, "Conformal PID Control for Time Series Prediction", NeurIPS 2023: it answers what
-the predictions do not see. `a` is below 0.05 by what it takes to hold a window of `WINDOW` queries.
+little noise, and no bias that lasts. For energy a term in proportion to the violation of the recent *ends* is added, as
+in Angelopoulos, Candes & Tibshirani, "Conformal PID Control for Time Series Prediction", NeurIPS 2023. Lateness comes
+in bursts: there the price moves slowly, and the predicted waiting time in the utility answers the burst itself. `a` is
+below 0.05 by what it takes to hold a window of `WINDOW` queries.
 
 `decided`, `late` and `ended` take a state and what happened, and give the next state; `weights` reads one.
 """
@@ -37,16 +40,17 @@ WINDOW = 500
 """Queries over which an objective is to hold."""
 TAIL = 0.05
 """Share of queries that may exceed the latency objective: it is stated for the 95th percentile."""
-CONFIDENCE_Z = 1.0
-"""Standard deviations between the share aimed at and `TAIL`: 0.84 of windows, were exceedances independent."""
-ENERGY_MARGIN = 0.01
+CONFIDENCE_Z = 1.6
+"""Standard deviations between the share aimed at and `TAIL`: 0.95 of windows, were exceedances independent."""
+ENERGY_MARGIN = 0.04
 """The energy objective is aimed at with this much to spare."""
-STEP = 0.02
-"""Change of a price's logarithm for a violation of 1; larger at first, as 1 / sqrt(count), to settle soon."""
-FIRST_STEP = 0.2
-GAIN = 0.5
-"""Change of a price's logarithm for a recent mean violation of 1 over what the predictions say."""
-MEMORY = 100.0
+STEP = {"latency": 0.001, "energy": 0.004, "quality": 0.01}
+"""Change of a price's logarithm for a violation of 1; larger at first, as 1 / sqrt(count), to settle soon. Lateness
+comes in bursts, between which its price must not be forgotten."""
+FIRST_STEP = {"latency": 0.05, "energy": 0.1, "quality": 0.1}
+GAIN = {"latency": 0.0, "energy": 1.0, "quality": 0.0}
+"""Change of a price's logarithm for a recent mean violation of 1 by what has ended."""
+MEMORY = 60.0
 """Ends over which recent means reach back."""
 RATIO_MEMORY = 300.0
 """Ends over which the ratio of outcomes to predictions reaches back."""
@@ -54,10 +58,12 @@ RATIO_PRIOR = 50.0
 """Ends that the belief in unbiased predictions is worth."""
 CLIP = 10.0
 """Largest violation that one query may count: an outlier must not move a price out of all proportion."""
-LOWEST, HIGHEST = 1e-3, 1e2
-"""Bounds of the latency and energy prices, in units of quality."""
-LARGEST_SHARE = 20.0
-"""The quality weight grows to at most this many times its own."""
+HIGHEST = {"latency": 1.5, "energy": 3.0, "quality": 20.0}
+"""Upper bounds of the prices, in units of quality: above, choices no longer change, and the price would only have a
+long way back. The lower bounds are the fleet's own weights: what the fleet prefers anyway, objectives only add to. The
+price of quality multiplies the fleet's own weight."""
+LEAST = 0.001
+"""A price is never nothing: it could not grow."""
 SPREAD = 0.5
 """Standard deviation of log(latency / predicted latency) before any has been seen."""
 LEAST_SPREAD, GREATEST_SPREAD = 0.1, 1.5
@@ -95,12 +101,13 @@ class Price:
     """One constraint: `log` is the price's integral, `mean` the recent mean of what ended, relative to the limit."""
 
     log: float = 0.0
+    lowest: float = 1.0
     count: int = 0
     outcome: float = 0.0
     """Discounted sums over ends of what came and of what had been predicted, in the constraint's own unit."""
     expected: float = 0.0
     recent: float = 0.0
-    """Recent mean violation of the ends, less that of their predictions."""
+    """Recent mean violation of the ends."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,8 @@ class Held:
 
 def start(policy: m.Policy) -> State:
     """The state before any observation: the fleet's own weights as prices."""
-    return State(latency=Price(log=_log(policy.w_latency)), energy=Price(log=_log(policy.w_energy)))
+    w_l, w_e = max(policy.w_latency, LEAST), max(policy.w_energy, LEAST)
+    return State(latency=Price(math.log(w_l), w_l), energy=Price(math.log(w_e), w_e))
 
 
 def decided(state: State, objectives: m.Objectives, seen: Decided) -> State:
@@ -145,13 +153,13 @@ def decided(state: State, objectives: m.Objectives, seen: Decided) -> State:
     if objectives.latency_p95_s is not None:
         tardy = late_probability(seen.latency_s / objectives.latency_p95_s, state.spread)
         violation = min(tardy * ratio(state.latency), 1.0) / exceedance_target() - 1.0
-        state = replace(state, latency=_move(state.latency, violation, LOWEST, HIGHEST))
+        state = replace(state, latency=_move(state.latency, "latency", violation))
     if (limit := energy_limit_j(objectives, state.gap_s)) is not None:
         violation = seen.energy_j * ratio(state.energy) / (limit * (1.0 - ENERGY_MARGIN)) - 1.0
-        state = replace(state, energy=_move(state.energy, violation, LOWEST, HIGHEST))
+        state = replace(state, energy=_move(state.energy, "energy", violation))
     if objectives.min_quality_ratio is not None and seen.reference:
         violation = 1.0 - seen.quality / (seen.reference * objectives.min_quality_ratio)
-        state = replace(state, quality=_move(state.quality, violation, 1.0, LARGEST_SHARE))
+        state = replace(state, quality=_move(state.quality, "quality", violation))
     return state
 
 
@@ -190,13 +198,12 @@ def weights(state: State, objectives: m.Objectives, policy: m.Policy) -> m.Polic
     changes: dict[str, float] = {}
     if objectives.latency_p95_s is not None:
         changes["latency_slo_s"] = objectives.latency_p95_s
-        changes["w_latency"] = _value(state.latency, LOWEST, HIGHEST)
-        changes["latency_spread"] = state.spread
+        changes["w_latency"] = _value(state.latency, "latency")
     if (limit := energy_limit_j(objectives, state.gap_s)) is not None:
         changes["energy_ref_j"] = limit
-        changes["w_energy"] = _value(state.energy, LOWEST, HIGHEST)
+        changes["w_energy"] = _value(state.energy, "energy")
     if objectives.min_quality_ratio is not None:
-        changes["w_quality"] = policy.w_quality * _value(state.quality, 1.0, LARGEST_SHARE)
+        changes["w_quality"] = policy.w_quality * _value(state.quality, "quality")
     return msgspec.structs.replace(policy, **changes)
 
 
@@ -209,9 +216,9 @@ def held(state: State, objectives: m.Objectives) -> Held:
         "latency_p95_s": objectives.latency_p95_s is not None
         and p95 is not None
         and p95 > objectives.latency_p95_s
-        and _at_bound(state.latency, HIGHEST),
-        "energy_j": limit is not None and mean is not None and mean > limit and _at_bound(state.energy, HIGHEST),
-        "min_quality_ratio": objectives.min_quality_ratio is not None and _at_bound(state.quality, LARGEST_SHARE),
+        and _at_bound(state.latency, "latency"),
+        "energy_j": limit is not None and mean is not None and mean > limit and _at_bound(state.energy, "energy"),
+        "min_quality_ratio": objectives.min_quality_ratio is not None and _at_bound(state.quality, "quality"),
     }
     return Held(
         count=len(state.latencies),
@@ -230,7 +237,6 @@ def told(before: m.Policy | None, now: m.Policy) -> bool:
         (before.w_quality, now.w_quality),
         (before.w_latency, now.w_latency),
         (before.w_energy / before.energy_ref_j, now.w_energy / now.energy_ref_j),
-        (before.latency_spread, now.latency_spread),
     )
     return any(abs(new - old) > DEAD_BAND * max(abs(old), 1e-9) for old, new in pairs)
 
@@ -289,36 +295,32 @@ def _arrived(state: State, at: float) -> State:
     return replace(state, arrived_at=max(at, state.arrived_at), gap_s=mean)
 
 
-def _move(price: Price, violation: float, lowest: float, highest: float) -> Price:
+def _move(price: Price, name: str, violation: float) -> Price:
     """Integrate within the bounds. At a bound the integral waits there, so that it turns at once (no wind-up)."""
-    rate = max(STEP, FIRST_STEP / math.sqrt(price.count + 1.0))
+    rate = max(STEP[name], FIRST_STEP[name] / math.sqrt(price.count + 1.0))
     log = price.log + rate * max(-1.0, min(violation, CLIP))
-    return replace(price, log=_bounded(log, lowest, highest), count=price.count + 1)
+    return replace(price, log=_bounded(log, price, name), count=price.count + 1)
 
 
 def _learn(price: Price, outcome: float, predicted: float, limit: float) -> Price:
     keep = 1.0 - 1.0 / RATIO_MEMORY
-    surprise = max(-CLIP, min((outcome - predicted) / limit, CLIP))
+    violation = min(outcome / limit - 1.0, CLIP)
     return replace(
         price,
         outcome=price.outcome * keep + outcome,
         expected=price.expected * keep + predicted,
-        recent=price.recent + (surprise - price.recent) / MEMORY,
+        recent=price.recent + (violation - price.recent) / MEMORY,
     )
 
 
-def _value(price: Price, lowest: float, highest: float) -> float:
+def _value(price: Price, name: str) -> float:
     """Integral and proportional part together, within the bounds."""
-    return math.exp(_bounded(price.log + GAIN * max(-2.0, min(price.recent, 2.0)), lowest, highest))
+    return math.exp(_bounded(price.log + GAIN[name] * max(-1.0, min(price.recent, 1.0)), price, name))
 
 
-def _at_bound(price: Price, highest: float) -> bool:
-    return price.log >= _log(highest) - 1e-9
+def _at_bound(price: Price, name: str) -> bool:
+    return price.log >= math.log(max(HIGHEST[name], price.lowest)) - 1e-9
 
 
-def _bounded(log: float, lowest: float, highest: float) -> float:
-    return max(_log(lowest), min(log, _log(highest)))
-
-
-def _log(value: float) -> float:
-    return math.log(max(value, LOWEST))
+def _bounded(log: float, price: Price, name: str) -> float:
+    return max(math.log(price.lowest), min(log, math.log(max(HIGHEST[name], price.lowest))))

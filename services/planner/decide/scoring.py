@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 LN2 = math.log(2.0)
+BROKEN = 1e9
+"""Added to what is lost on a worker that breaks a limit: any that keeps it is better."""
 TIE = 1e-9
 """Of two workers of equal utility the faster is taken: seconds weigh this much, and only for that."""
 
@@ -164,6 +166,32 @@ class Fleet:
         self.wait_s[key] = queue + load
         self.burden[key] = lost
 
+    def set_all(self, *, ready: Array, coming: Array, active: Array, waiting: Array) -> None:
+        """`set_state` for all pairs at once, each [artifacts, workers]: `ready`, `coming` (a load is under way, its end
+        unknown), `active` and `waiting` as there. Devices are taken as not divided: learned figures contain that."""
+        if not self.joint:
+            return
+        costs, slots = self.costs, self.slots[:, None]
+        ahead = active + waiting
+        np.multiply(costs.tpot_s, 1.0 + costs.slope * (np.minimum(slots, ahead + 1) - 1), out=self.step_s)
+        tokens = self.service_tokens
+        service = costs.prefill_s * tokens[:, :1] + self.step_s * tokens[:, 1:]
+        queue = np.where(ahead >= slots, service * (ahead - slots + 1) / slots, 0.0)
+        self.load_s = np.where(ready, 0.0, costs.load_s)
+        self.load_j = np.where(ready | coming, 0.0, costs.load_j / (waiting + 1))
+        if self.crowds:
+            self.crowd_s = costs.tpot_s * costs.slope * np.minimum(active, slots - 1)
+        self.wait_s = queue + self.load_s
+        self.burden = np.where(self.fits, 0.0, np.inf)
+
+    def charge(self, artifact: int, burden: float, delay_s: float, sharing: float) -> None:
+        """Tell what loading an artifact costs others, on every worker where it is not ready (see `set_state`)."""
+        cold = self.fits[artifact] & (self.load_j[artifact] > 0.0)
+        self.burden[artifact, cold] += burden / sharing
+        self.load_j[artifact, cold] /= sharing
+        self.load_s[artifact, cold] += delay_s
+        self.wait_s[artifact, cold] += delay_s
+
     def bar(self, artifact: int, worker: int) -> None:
         """Nothing goes there until `set_state` says otherwise (the worker or the engine is leaving)."""
         self.burden[artifact, worker] = np.inf
@@ -210,6 +238,16 @@ class Fleet:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Hard constraints of a query that depend on the worker."""
+
+    max_latency_s: float = math.inf
+    max_energy_j: float = math.inf
+    left_s: float = math.inf
+    """Until the deadline; loading and reading the prompt must be done by then."""
+
+
+@dataclass(frozen=True)
 class Scores:
     """Terms of each card on its best worker, each [cards]. `utility` is minus infinity where no worker stands."""
 
@@ -244,6 +282,7 @@ def score(
     tokens_in: Array,
     tokens_out: Array,
     weights: Weights,
+    limits: Limits | None = None,
     now: float = 0.0,
 ) -> Scores:
     """Score k cards against all workers and keep each card's best worker.
@@ -253,6 +292,7 @@ def score(
         artifact_of: [k] index of each card's artifact.
         quality, tokens_in, tokens_out: [k], predicted.
         weights: of the utility, with its scales.
+        limits: a worker that keeps them is preferred to one that does not; whether any does, the result shows.
         now: the clock in which loads under way were told.
     """
     fleet.clock(now)
@@ -268,7 +308,12 @@ def score(
     lost += fleet.crowd_s[a] * (t_out * slope)
     lost += fleet.burden[a]
     lost += latency * TIE
-    best = np.argmin(lost, axis=1)
+    if limits is None:
+        best = np.argmin(lost, axis=1)
+    else:
+        broken = (latency > limits.max_latency_s) | (energy > limits.max_energy_j)
+        broken |= fleet.load_s[a] + prefill > limits.left_s
+        best = np.argmin(np.where(broken, lost + BROKEN, lost), axis=1)
     rows = np.arange(len(a))
     own = np.asarray(quality, np.float64) * weights.w_quality
     load_s, wait_s = fleet.load_s[a, best], fleet.wait_s[a, best]
