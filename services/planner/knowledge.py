@@ -11,6 +11,7 @@ from nats.aio.msg import Msg
 from services.planner.decide import residency
 from services.planner.decide.residency import Demand
 from services.planner.decide.routing import State
+from services.planner.decide.standing import Standings
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
@@ -30,6 +31,7 @@ class Knowledge:
         self.fleet = FleetView(bus, lambda _state: on_change())
         self.qos = m.Qos()
         self.demand: dict[str, Demand] = {}
+        self._standings = Standings()
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.QOS, self._on_qos)
@@ -50,6 +52,7 @@ class Knowledge:
             qos=self.qos,
             waiting={artifact: d.waiting for artifact, d in self.demand.items()},
             planner=self._planner,
+            standings=self._standings,
         )
 
     def specs(self) -> dict[str, m.ArtifactSpec]:

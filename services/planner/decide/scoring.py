@@ -341,3 +341,8 @@ def score(
 def slope_of_penalty(latency_slo_s: float) -> float:
     """f'(L), per second, at the objective: what a second costs a query that is just in time."""
     return 0.5 / (LN2 * latency_slo_s)
+
+
+def latency_penalty(ratio: float) -> float:
+    """f(L / SLO): 0 at 0, 1 at the objective, growing ever more slowly beyond it."""
+    return math.log1p(max(ratio, 0.0)) / LN2
