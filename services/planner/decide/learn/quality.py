@@ -3,7 +3,7 @@
     q(x, m) = prior(x, m) + z(x) . u_m + r_m(x)
 
 `z` are soft topics (`topics`), `u_m` the weights of a hierarchical Bayesian regression (`hierarchy`), whose sums take
-in one outcome at a time for as long as the system runs. `r_m` is what a batch of recorded outcomes says beyond the topics:
+in one outcome at a time for as long as the system runs. `r_m` is what a batch of recorded outcomes says beyond them:
 ridge regression of the remainder on all features, along the mean of the models (difficulty) and the principal
 directions of their differences, each with its own penalty (curds and whey; Breiman and Friedman 1997). `prior` is what
 the model's card promises; it is given with the query and is all there is before the first outcome.
@@ -80,6 +80,9 @@ class QualityModel:
         x: NDArray[Any],
         y: NDArray[Any],
         categories: Sequence[str | None] | None = None,
+        *,
+        prior: hierarchy.Prior | None = None,
+        detail_share: float = DETAIL,
     ) -> tuple[QualityModel, Array]:
         """Learn from recorded outcomes.
 
@@ -88,6 +91,8 @@ class QualityModel:
             x: [n, d] features.
             y: [n, k] scores, NaN where a model was not asked.
             categories: [n]; topics are clusters of the features where there are fewer than two.
+            prior: where the search for the prior begins.
+            detail_share: share of the ridge on differences between models that is used.
 
         Returns:
             The model, and its predictions [n, k] for these queries as it would have made them without them.
@@ -99,14 +104,14 @@ class QualityModel:
             z = topics.encode(x)
         sums = hierarchy.Sums.empty(len(models), topics.size)
         sums.add_all(z, y)
-        prior = hierarchy.Prior()
+        prior = prior or hierarchy.Prior()
         for _ in range(SWEEPS):
             prior = hierarchy.choose_prior(sums, prior)
         base = z @ hierarchy.solve(sums, prior).mean.T
         basis = _directions(y - base)
         rest = np.where(np.isnan(y), 0.0, y - base) @ basis
         found = linear.fit(x, rest)
-        scale = np.where(np.arange(len(models)) == 0, 1.0, DETAIL)
+        scale = np.where(np.arange(len(models)) == 0, 1.0, detail_share)
         back = (basis * scale).T
         # The level of the remainder is nought but for rounding: the sums hold the levels.
         detail = (found.centre, found.weights @ back)
