@@ -161,7 +161,10 @@ def drift_run(setting: Setting, arguments: argparse.Namespace, model: int, seed:
     ]  # fmt: skip
     before = sum(1 for at, of in ours["log"] if of == model and at < change.at)
     after = alarm["query"] if alarm else change.until
-    share = lambda begin, end: float(np.mean(ours["chosen"][begin:end] == model)) if end > begin else 0.0  # noqa: E731
+
+    def share(begin: int, end: int) -> float:
+        return float(np.mean(ours["chosen"][begin:end] == model)) if end > begin else 0.0
+
     return {
         "seed": seed,
         "noticed_query": alarm["query"] if alarm else None,
@@ -242,9 +245,9 @@ def show(result: dict[str, Any]) -> None:
     print("  loss: answers lost against the policy that knows at once, while the model is worse;")
     print("  undetected: the same without detection")
     within = [r for r in result["drift"] if (r["noticed_after_judgements"] or 10**9) <= WITHIN]
-    restored = [r for r in result["drift"] if r["restored_after_queries"] is not None]
+    whole = [r for r in result["drift"] if r["restored_after_queries"] is not None]
     total = len(result["drift"])
-    print(f"noticed within {WITHIN} judgements: {len(within)} of {total}; restored: {len(restored)} of {total}")
+    print(f"noticed within {WITHIN} judgements: {len(within)} of {total}; restored: {len(whole)} of {total}")
     for name in ("stationary", "mix_shift"):
         runs = result[name]
         print(

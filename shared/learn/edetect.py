@@ -22,8 +22,9 @@ THRESHOLD = 2e5
 DROPS = (0.75, 0.5)
 DROP_WEIGHTS = (0.3, 0.7)
 """Bets on the mean having fallen to this share of what was expected. Halving is what must be noticed soonest."""
-SIDES = (-0.8, -0.4, 0.4, 0.8)
-"""Bets on ranks having become lower or higher."""
+SIDES = (-0.9, -0.5, 0.5, 0.9)
+"""Bets on ranks having become lower or higher. None is so small that a reference that happens to lie two standard
+errors off would win it something."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Ranks:
         return sum(self.sums.values[half:]) > sum(self.sums.values[:half])
 
 
-REFERENCE = 300
+REFERENCE = 1000
 """Observations against which later ones are ranked."""
 
 
@@ -138,6 +139,8 @@ class Mix:
         return self.names[best]
 
 
+MIX_REFERENCE = 1000
+"""Queries whose mix later ones are compared with."""
 MIX_FACTOR = 2.0
 """Bets on a domain's share having doubled. One that shrinks lets another grow."""
 
@@ -147,9 +150,14 @@ def mixed(state: Mix, shares: Sequence[tuple[str, float]]) -> Mix:
     given = dict(shares)
     names = state.names or tuple(sorted(given))
     values = [min(max(given.get(name, 0.0), 0.0), 1.0) for name in names]
-    if state.count < REFERENCE:
+    if state.count < MIX_REFERENCE:
         level = state.level or (0.0,) * len(names)
         n = state.count + 1
         return Mix(names, tuple(a + (x - a) / n for a, x in zip(level, values, strict=True)), n, state.sums)
-    factors = [risen(x, a, (MIX_FACTOR,))[0] for x, a in zip(values, state.level, strict=True)]
+    factors = [risen(x, _upper(a, state.count), (MIX_FACTOR,))[0] for x, a in zip(values, state.level, strict=True)]
     return Mix(names, state.level, state.count, bet(state.sums, factors))
+
+
+def _upper(level: float, count: int) -> float:
+    """What the true share may be, two standard errors above the one seen: that much growth is no change."""
+    return level + 2.0 * math.sqrt(level * (1.0 - level) / count) + 1.0 / count

@@ -42,13 +42,13 @@ TAIL = 0.05
 """Share of queries that may exceed the latency objective: it is stated for the 95th percentile."""
 CONFIDENCE_Z = 1.6
 """Standard deviations between the share aimed at and `TAIL`: 0.95 of windows, were exceedances independent."""
-ENERGY_MARGIN = 0.04
+ENERGY_MARGIN = 0.06
 """The energy objective is aimed at with this much to spare."""
-STEP = {"latency": 0.001, "energy": 0.004, "quality": 0.01}
+STEP = {"latency": 0.002, "energy": 0.003, "quality": 0.01}
 """Change of a price's logarithm for a violation of 1; larger at first, as 1 / sqrt(count), to settle soon. Lateness
 comes in bursts, between which its price must not be forgotten."""
-FIRST_STEP = {"latency": 0.05, "energy": 0.1, "quality": 0.1}
-GAIN = {"latency": 0.0, "energy": 1.0, "quality": 0.0}
+FIRST_STEP = {"latency": 0.05, "energy": 0.3, "quality": 0.1}
+GAIN = {"latency": 0.0, "energy": 4.0, "quality": 0.0}
 """Change of a price's logarithm for a recent mean violation of 1 by what has ended."""
 MEMORY = 60.0
 """Ends over which recent means reach back."""
