@@ -88,7 +88,9 @@ def passes(cards: int, workers: int, count: int, rng: np.random.Generator) -> li
     spent = []
     for _ in range(count):
         demand = {
-            a: Demand(int(rng.integers(0, 30)), 100.0 if rng.random() < 0.5 else None, float(rng.exponential(1.0)), 190.0)
+            a: Demand(
+                int(rng.integers(0, 30)), 100.0 if rng.random() < 0.5 else None, float(rng.exponential(1.0)), 190.0
+            )
             for a in names
         }
         forecast = Forecast(

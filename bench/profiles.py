@@ -44,7 +44,9 @@ def read(path: Path) -> tuple[list[str], Floats]:
 
 def fit(figures: Floats) -> tuple[Floats, Floats]:
     """Coefficients (c0..c3) and (d0..d3)."""
-    total, active, gpus, batch, step, joules = figures[(figures[:, 0] == figures[:, 1]) & (figures[:, 3] <= LARGEST_BATCH)].T
+    total, active, gpus, batch, step, joules = figures[
+        (figures[:, 0] == figures[:, 1]) & (figures[:, 3] <= LARGEST_BATCH)
+    ].T
     c, *_ = np.linalg.lstsq(_time(total / gpus, batch) / step[:, None], np.ones_like(step), rcond=None)
     d, *_ = np.linalg.lstsq(_energy(active, gpus, batch) / joules[:, None], np.ones_like(step), rcond=None)
     return c, d
@@ -73,7 +75,12 @@ def show(names: list[str], figures: Floats, c: Floats, d: Floats) -> None:
     print(f"token_j = ({d[0]:.4f} P_all + {d[2]:.4f} g) / b + {d[1]:.5f} P_all + {d[3]:.4f}")
     rows = []
     for name, gpus in dict.fromkeys(zip(names, figures[:, 2], strict=True)):
-        mine = figures[[n == name and g == gpus and b <= LARGEST_BATCH for n, g, b in zip(names, figures[:, 2], figures[:, 3], strict=True)]]
+        mine = figures[
+            [
+                n == name and g == gpus and b <= LARGEST_BATCH
+                for n, g, b in zip(names, figures[:, 2], figures[:, 3], strict=True)
+            ]
+        ]
         total, active, g, batch, step, joules = mine.T
         idle = 1.0 - active / total
         read = np.where(idle > 0.0, total * (1.0 - idle**batch), total) / g

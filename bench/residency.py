@@ -93,7 +93,7 @@ def simulate(c: Case, router: str, residency: str, options: Options | None = Non
     if joint:
         chosen = routers.Scored(c.quality, c.work.tokens_in, c.tokens_out, c.policy)
     if residency in ON_DEMAND:
-        keeper: Any = ON_DEMAND[residency](c.order)
+        keeper: Any = ON_DEMAND[residency](c.order, 0)
     else:
         missed = np.eye(len(c.fleet.models)) - 1.0
         cost = c.policy.w_latency * slope_of_penalty(c.policy.latency_slo_s) if joint else 0.0
@@ -139,16 +139,26 @@ def claims(result: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
         ours = f"{router} + planned"
         for other in ("lru", "gdsf"):
             found.append((f"{ours}: mean latency below blind + {other}", less(ours, f"blind + {other}"), ">= 0.25"))
-        found.append((f"{ours}: mean latency above its offline bound", -less(ours, f"{router} + offline bound"), "<= 0.15"))
+        found.append(
+            (f"{ours}: mean latency above its offline bound", -less(ours, f"{router} + offline bound"), "<= 0.15")
+        )
         found.append((f"{ours}: queries per swap", float(result[ours]["queries_per_swap"]), "> 20"))
-    found.append(("joint against separate: p95 latency below", less("joint + planned", "blind + planned", "latency_s_p95"), ">= 0.15"))
+    found.append(
+        (
+            "joint against separate: p95 latency below",
+            less("joint + planned", "blind + planned", "latency_s_p95"),
+            ">= 0.15",
+        )
+    )
     gap = float(result["joint + planned"]["accuracy"]) - float(result["blind + planned"]["accuracy"])
     found.append(("joint against separate: difference of accuracy", gap, "about 0"))
     return found
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.residency", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.residency", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--learn", type=Path, required=True, metavar="DIR")
     parser.add_argument("--judge", type=Path, required=True, metavar="DIR")
     parser.add_argument("--fleet", default="mmlu_pro", metavar="FILE")
@@ -175,7 +185,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"bench.residency: {error}", file=sys.stderr)
         sys.exit(2)
     result = compare(setting, arguments)
-    report.show(result, f"{arguments.scenario}: memory for {arguments.memory_for}, {arguments.rate}/s, {arguments.seeds} seeds")
+    report.show(
+        result, f"{arguments.scenario}: memory for {arguments.memory_for}, {arguments.rate}/s, {arguments.seeds} seeds"
+    )
     rows = claims(result)
     print_table("what is to hold", ("claim", "measured", "bound"), [[c, f"{v:.3f}", b] for c, v, b in rows])
     if arguments.json:

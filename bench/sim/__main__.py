@@ -34,7 +34,9 @@ REFERENCE_LOAD = 0.6
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.sim", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.sim", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--learn", type=Path, required=True, metavar="DIR", help="outcomes to learn from")
     parser.add_argument("--judge", type=Path, required=True, metavar="DIR", help="outcomes to judge on")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="arrivals (Azure format); Poisson without it")
@@ -45,7 +47,9 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--energy-budget", metavar="RATIO,...", help="of the reference's energy, for calm-escalate")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--queries", type=int, metavar="N", help="queries in each run; each judged one once by default")
-    parser.add_argument("--load", type=float, default=REFERENCE_LOAD, help="arrivals, as a share of the reference's capacity")
+    parser.add_argument(
+        "--load", type=float, default=REFERENCE_LOAD, help="arrivals, as a share of the reference's capacity"
+    )
     parser.add_argument("--rate", type=float, metavar="Q/S", help="arrivals per second, instead of --load")
     parser.add_argument("--slo", type=float, default=5.0, metavar="S", help="objective for a query's latency")
     parser.add_argument("--ablate", default="", metavar="NAME,...", help="switch off: retry, crowding")

@@ -39,7 +39,9 @@ def make(setting: Setting, name: str) -> Plan:
         return _ours(setting, models, price(setting, models, share(ratio) if ratio else setting.budget))
     if kind == "single":
         if detail not in setting.judge.models:
-            raise DataInvalid(f"The outcomes have no model {detail!r}.", f"They have: {', '.join(setting.judge.models)}.")
+            raise DataInvalid(
+                f"The outcomes have no model {detail!r}.", f"They have: {', '.join(setting.judge.models)}."
+            )
         return Plan((detail,), lambda w, _f, _s: Fixed(np.zeros(len(w), int)), fixed)
     if name in PLAIN:
         return _plain(setting, name)
@@ -56,9 +58,7 @@ def fixed(work: Workload, fleet: SimFleet, seed: int) -> Residency:
 
 def _ours(setting: Setting, models: tuple[str, ...], w_energy: float) -> Plan:
     columns = setting.columns(models)
-    weights = setting.policy(
-        w_quality=1.0, w_latency=W_LATENCY, w_energy=w_energy, energy_ref_j=_reference_j(setting)
-    )
+    weights = setting.policy(w_quality=1.0, w_latency=W_LATENCY, w_energy=w_energy, energy_ref_j=_reference_j(setting))
     p = setting.predictions
 
     def router(work: Workload, fleet: SimFleet, seed: int) -> Router:

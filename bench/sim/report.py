@@ -64,8 +64,9 @@ def over_seeds(runs: list[dict[str, float]]) -> dict[str, Any]:
 def show(policies: dict[str, dict[str, Any]], title: str) -> None:
     """The main table."""
     columns = (
-        ("accuracy", "accuracy"), ("J", "energy_j_mean"), ("energy ratio", "energy_ratio"), ("mean s", "latency_s_mean"),
-        ("p95 s", "latency_s_p95"), ("ratio", "latency_ratio"), ("TTFT s", "ttft_s_mean"), ("in SLO", "slo_attainment"),
+        ("accuracy", "accuracy"), ("J", "energy_j_mean"), ("energy ratio", "energy_ratio"),
+        ("mean s", "latency_s_mean"), ("p95 s", "latency_s_p95"), ("ratio", "latency_ratio"),
+        ("TTFT s", "ttft_s_mean"), ("in SLO", "slo_attainment"),
         ("hits", "residency_hit_rate"), ("swaps", "swaps"), ("regret", "regret"),
     )  # fmt: skip
     rows = []
@@ -73,7 +74,9 @@ def show(policies: dict[str, dict[str, Any]], title: str) -> None:
         cells: list[Any] = [name]
         for _, key in columns:
             value, half = f.get(key), f.get("ci95", {}).get(key)
-            cells.append("" if value is None else f"{value:.3f}" + (f" ±{half:.3f}" if half and key == "accuracy" else ""))
+            cells.append(
+                "" if value is None else f"{value:.3f}" + (f" ±{half:.3f}" if half and key == "accuracy" else "")
+            )
         rows.append(cells)
     print_table(title, ("policy", *(c for c, _ in columns)), rows)
 

@@ -83,8 +83,8 @@ class Engine:
     """A model in the memory of a worker."""
 
     __slots__ = (
-        "at", "base_j", "heap", "j", "model", "more_j", "n", "prefill", "prefill_j", "ready_at", "serial", "since", "slope", "slots",
-        "state", "step", "tpot", "used", "v", "wake", "worker",
+        "at", "base_j", "heap", "j", "model", "more_j", "n", "prefill", "prefill_j", "ready_at", "serial", "since",
+        "slope", "slots", "state", "step", "tpot", "used", "v", "wake", "worker",
     )  # fmt: skip
 
     def __init__(self, model: int, worker: int, slots: int, unit: Any, now: float, serial: int) -> None:

@@ -102,7 +102,9 @@ def load_fleet(name_or_path: str | Path) -> tuple[File, Profile]:
     except OSError:
         raise DataInvalid("There is no such fleet file.", "Name one that can be read.", path=str(path)) from None
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise DataInvalid(f"This is no simulated fleet: {error}.", "See fleets/mmlu_pro.toml.", path=str(path)) from None
+        raise DataInvalid(
+            f"This is no simulated fleet: {error}.", "See fleets/mmlu_pro.toml.", path=str(path)
+        ) from None
     near = path.parent / file.fleet.profile
     profile = load_profile(near if near.suffix == ".toml" and near.is_file() else file.fleet.profile)
     return file, profile

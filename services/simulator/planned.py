@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.planner.decide import residency
-from services.planner.decide.outlook import Outlook, wished
+from services.planner.decide.outlook import Outlook
 from services.planner.decide.residency import Demand, Forecast, Pending, Swap
 from services.planner.decide.scoring import LN2, Weights
 from services.simulator.engine import DRAINING, LOADING, READY, Simulation, warm_start
@@ -19,7 +19,7 @@ from services.simulator.fleet import SimFleet
 from shared import messages as m
 
 Array = NDArray[Any]
-STATES = {LOADING: "loading", READY: "ready", DRAINING: "draining"}
+STATES: dict[int, Literal["loading", "ready", "draining"]] = {LOADING: "loading", READY: "ready", DRAINING: "draining"}
 TYPICAL_BATCH = 4
 
 
@@ -88,9 +88,7 @@ class Planned:
         self._choices = choices
         self._second_cost = second_cost
         self._demand: dict[str, Demand] = {}
-        self._losses: dict[int, float] = {}
-        self._wished: Array = np.zeros(0)
-        self._last: Forecast | None = None
+        self._charges: dict[str, Swap] = {}
 
     def start(self, sim: Simulation) -> None:
         fleet = sim.fleet
@@ -126,25 +124,9 @@ class Planned:
             for worker in range(sim.workers):
                 sim.tell_worker(worker)
 
-    def swap(self, sim: Simulation, model: int, worker: int) -> Swap:
-        """What a load of this model there would mean: others miss what they would miss least, until it is back."""
-        if not self.options.burden or self._last is None:
-            return Swap(0.0, 0.0, 1.0)
-        missing = sim.fleet.footprint_bytes[model] - sim.free[worker]
-        ready = sorted(
-            (self._losses.get(e.model, 0.0), e.model) for e in sim.engines[worker].values() if e.state == READY
-        )
-        lost, absent = self._load_cost[model], self._load_s[sim.fleet.names[model]] + self.options.min_residence_s
-        for loss, victim in ready:
-            if missing <= 0:
-                break
-            lost += loss * (absent + self._load_s[sim.fleet.names[victim]])
-            missing -= sim.fleet.footprint_bytes[victim]
-        since = sim.waiting_since[model]
-        return residency.swap(
-            cost=lost, rate=float(self._wished[model]), waiting=len(sim.queue[model]),
-            waited_s=sim.now - since if since >= 0 else 0.0, forecast=self._last, max_wait_s=self.options.max_wait_s,
-        )  # fmt: skip
+    def swap(self, sim: Simulation, model: int, worker: int) -> Swap | None:
+        """What a load of this model would mean to others, as of the last pass."""
+        return self._charges.get(sim.fleet.names[model])
 
     def _forecast(self, sim: Simulation, now: float) -> Forecast:
         options = self.options
@@ -170,8 +152,9 @@ class Planned:
         for w, name in enumerate(fleet.workers):
             engines = [
                 m.EngineState(
-                    artifact=fleet.names[e.model], state=STATES[e.state], footprint_bytes=fleet.footprint_bytes[e.model],
-                    slots=e.slots, active=e.n, loaded_at=e.since, last_used_at=e.used,
+                    artifact=fleet.names[e.model], state=STATES[e.state],
+                    footprint_bytes=fleet.footprint_bytes[e.model], slots=e.slots,
+                    active=e.n, loaded_at=e.since, last_used_at=e.used,
                 )
                 for e in sim.engines[w].values()
             ]  # fmt: skip
@@ -195,9 +178,11 @@ class Planned:
             workers=workers, specs=self._specs, pinned=frozenset(), popularity={}, demand=demand,
             load_s=self._load_s, pending=pending, held_back=frozenset(), policy=policy, now=now, forecast=forecast,
         )  # fmt: skip
-        self._losses = {self._index[a]: loss for a, loss in plan.losses.items()}
-        held = {e.model for engines in sim.engines for e in engines.values() if e.state != DRAINING}
-        self._wished, self._last = wished(forecast.utilities, forecast.rates, held), forecast
+        if self.options.burden and sim.scoring.joint:
+            self._charges = residency.charges(
+                workers=workers, specs=self._specs, pinned=frozenset(), demand=demand, load_s=self._load_s,
+                policy=policy, now=now, forecast=forecast,
+            )  # fmt: skip
         number = {name: w for w, name in enumerate(fleet.workers)}
         for action in plan.actions:
             model, worker = self._index[action.artifact], number[action.worker]

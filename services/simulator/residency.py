@@ -128,4 +128,8 @@ class GreedyDualSizeFrequency(OnDemand):
         return self._value.get(engine.serial, self._floor)
 
 
-ON_DEMAND: dict[str, Callable[[], OnDemand]] = {"lru": Lru, "lfu": Lfu, "gdsf": GreedyDualSizeFrequency}
+ON_DEMAND: dict[str, Callable[[Sequence[int] | None, int], OnDemand]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "gdsf": GreedyDualSizeFrequency,
+}

@@ -62,7 +62,8 @@ class Scored:
 
     def route(self, i: int, now: float, fleet: Fleet) -> tuple[int, int]:
         u = fleet.utilities(self._quality[i], self._tokens_in[i], self._tokens_out[i], self.weights, now)
-        return divmod(int(u.argmax()), u.shape[1])
+        model, worker = divmod(int(u.argmax()), int(u.shape[1]))
+        return model, worker
 
     def after(self, i: int, model: int, attempt: int, now: float, fleet: Fleet) -> int:
         return -1 if self._escalate is None else self._escalate(i, model, attempt)

@@ -17,11 +17,14 @@ V is the hit rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from services.planner.decide.scoring import latency_penalty
+from shared import messages as m
 
 Array = NDArray[Any]
 ROWS = 512
@@ -49,12 +52,15 @@ class Outlook:
         self._u = np.zeros((rows, len(self.artifacts)))
         self._at = np.full(rows, -np.inf)
         self._next = 0
+        self.count = 0
+        """Rows seen since the start."""
 
     def seen(self, now: float, utilities: Array) -> None:
         """A query was routed; `utilities` [artifacts] were each resident and free, minus infinity where it may not."""
         self._u[self._next] = np.maximum(utilities, utilities.max() - 10.0)
         self._at[self._next] = now
         self._next = (self._next + 1) % len(self._at)
+        self.count += 1
 
     def rows(self, now: float) -> tuple[Array, Array]:
         """(utilities [n, artifacts], rates [n] per second) of what counts as of now."""
@@ -68,6 +74,24 @@ class Outlook:
             full = horizon / math.log(2.0) * (1.0 - 2.0 ** (-span / horizon))
             rate += share * np.exp2(-age / horizon) / full
         return u, rate
+
+
+def warm_row(route: m.Route, artifacts: Mapping[str, int], policy: m.Policy) -> Array | None:
+    """[artifacts] what each would have been worth for a routed query, were it resident and free: the decision's own
+    terms without waiting and loading. None when the query left no choice."""
+    row = np.full(len(artifacts), -np.inf)
+    for c in route.candidates:
+        column = artifacts.get(c.artifact)
+        if column is None or c.excluded not in (None, "over_max_latency", "misses_deadline") or not c.terms:
+            continue
+        latency_s = c.terms["prefill_s"] + c.terms["decode_s"]
+        u = (
+            route.weights.get("w_q", policy.w_quality) * c.quality
+            - route.weights.get("w_l", policy.w_latency) * latency_penalty(latency_s / policy.latency_slo_s)
+            - route.weights.get("w_e", policy.w_energy) * c.terms["active_j"] / policy.energy_ref_j
+        )
+        row[column] = max(row[column], u)
+    return row if np.isfinite(row).sum() > 1 else None
 
 
 def worth(u: Array, rate: Array, held: Collection[int]) -> tuple[Array, Array]:
@@ -87,10 +111,7 @@ def worth(u: Array, rate: Array, held: Collection[int]) -> tuple[Array, Array]:
     first = part.max(axis=1)
     gain = rate @ np.maximum(u - first[:, None], 0.0)
     gain[mine] = 0.0
-    if len(mine) > 1:
-        second = np.partition(part, -2, axis=1)[:, -2]
-    else:
-        second = u.min(axis=1)
+    second = np.partition(part, -2, axis=1)[:, -2] if len(mine) > 1 else u.min(axis=1)
     loss[mine] = np.bincount(best, rate * (first - second), minlength=len(mine))
     return gain, loss
 

@@ -24,12 +24,13 @@ is demand rate x load time, and what it costs is memory.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.planner.decide.outlook import Array, exchange, worth
+from services.planner.decide.outlook import Array, exchange, wished, worth
 from shared import messages as m
 
 RATE_HALF_LIFE_S = 120.0
@@ -277,7 +278,8 @@ class _Pass:
             allowed = [
                 e
                 for e in room.state.engines
-                if self._may_go(e, room, starved=True) and (starved or rented >= patience * self._absence_cost(e, artifact))
+                if self._may_go(e, room, starved=True)
+                and (starved or rented >= patience * self._absence_cost(e, artifact))
             ]
         else:
             allowed = [e for e in room.state.engines if self._may_go(e, room, starved)]
@@ -371,9 +373,7 @@ class Swap:
     sharing: float
 
 
-def swap(
-    *, cost: float, rate: float, waiting: int, waited_s: float, forecast: Forecast, max_wait_s: float
-) -> Swap:
+def swap(*, cost: float, rate: float, waiting: int, waited_s: float, forecast: Forecast, max_wait_s: float) -> Swap:
     """How queries for an absent artifact will be grouped, and what each will have to answer for.
 
     With arrivals at `rate` and a load that costs others `cost` (utility), waiting T before each load costs
@@ -385,6 +385,49 @@ def swap(
     patience_s = math.sqrt(2.0 * forecast.patience * cost / (max(rate, 1e-6) * forecast.second_cost))
     patience_s = min(patience_s, max_wait_s)
     return Swap(max(patience_s - waited_s, 0.0), cost, max(1.0 + rate * patience_s, float(waiting)))
+
+
+def charges(
+    *,
+    workers: Sequence[m.WorkerState],
+    specs: Mapping[str, m.ArtifactSpec],
+    pinned: frozenset[str],
+    demand: Mapping[str, Demand],
+    load_s: Mapping[str, float],
+    policy: m.Policy,
+    now: float,
+    forecast: Forecast,
+) -> dict[str, Swap]:
+    """What routing has to know of each artifact that is neither resident nor coming: the least that loading it on any
+    worker costs others, who miss what makes room until it is back."""
+    rooms = [_room(worker, ()) for worker in workers if not worker.draining]
+    held = {a for room in rooms for a in room.holds}
+    losses = _losses(rooms, forecast)
+    context = _Pass(rooms, specs, pinned, demand, {}, frozenset(), policy, now, load_s, forecast, losses)
+    columns = {forecast.artifacts[a] for a in held if a in forecast.artifacts}
+    rates = wished(forecast.utilities, forecast.rates, columns)
+    cheap = heapq.nsmallest(
+        4 * CANDIDATES, rooms, key=lambda r: (sum(losses.get(a, 0.0) for a in r.holds), r.state.worker)
+    )
+    found: dict[str, Swap] = {}
+    for artifact, spec in specs.items():
+        if artifact in held or artifact not in forecast.artifacts:
+            continue
+        absent = load_s.get(artifact, 1.0) + policy.min_residence_s
+        prices = [0.0] * any(room.free >= spec.footprint_bytes for room in rooms) or [
+            sum(losses.get(v.artifact, 0.0) * (absent + load_s.get(v.artifact, 1.0)) for v in victims)
+            for room in cheap
+            if (victims := _cheapest(context, room, spec.footprint_bytes)) is not None
+        ]
+        if prices:
+            wanted = demand.get(artifact, Demand())
+            found[artifact] = swap(
+                cost=min(prices) + forecast.load_cost.get(artifact, 0.0),
+                rate=float(rates[forecast.artifacts[artifact]]), waiting=wanted.waiting,
+                waited_s=0.0 if wanted.waiting_since is None else now - wanted.waiting_since,
+                forecast=forecast, max_wait_s=policy.max_wait_s,
+            )  # fmt: skip
+    return found
 
 
 def _losses(rooms: Sequence[_Room], forecast: Forecast | None) -> dict[str, float]:

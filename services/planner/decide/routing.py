@@ -116,9 +116,7 @@ class _Weights:
     energy_ref_j: float
 
 
-def _candidates(
-    analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float
-) -> list[m.Candidate]:
+def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float) -> list[m.Candidate]:
     query, profile, policy = analyzed.accepted.query, analyzed.profile, state.policy
     standing = state.standings.of(state.cards, state.workers, state.qos)
     cards = standing.cards
@@ -127,9 +125,7 @@ def _candidates(
     expected = np.where(np.isnan(standing.tokens_mean), profile.tokens_out, standing.tokens_mean)
     room = np.maximum(standing.context - tokens_in, 0.0)
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
-    q, terms = (
-        standing.prior.predict(profile) if state.predictor is None else state.predictor(analyzed, cards)
-    )  # 4
+    q, terms = standing.prior.predict(profile) if state.predictor is None else state.predictor(analyzed, cards)  # 4
     if not state.workers or all(w.draining for w in state.workers):
         scores = None
     else:
@@ -148,7 +144,9 @@ def _candidates(
         )  # fmt: skip
     outside = _outside(query, standing, tokens_in)
     left_s = analyzed.accepted.deadline_at - now
-    return _explain(query, standing, outside, q.tolist(), terms, scores, tokens_in.tolist(), tokens_out.tolist(), left_s)
+    return _explain(
+        query, standing, outside, q.tolist(), terms, scores, tokens_in.tolist(), tokens_out.tolist(), left_s
+    )
 
 
 def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> list[str | None]:
@@ -200,9 +198,7 @@ def _explain(
         (u, worker, latency, energy, queue, load, prefill, decode, active_j, load_j,
          u_quality, u_latency, u_energy, u_crowding, u_burden) = row  # fmt: skip
         if u == -math.inf:
-            result.append(
-                m.Candidate(card=card.name, artifact=card.artifact.name, excluded="no_worker", quality=q[k])
-            )
+            result.append(m.Candidate(card=card.name, artifact=card.artifact.name, excluded="no_worker", quality=q[k]))
             continue
         result.append(
             m.Candidate(
