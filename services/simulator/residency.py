@@ -125,7 +125,9 @@ class GreedyDualSizeFrequency(OnDemand):
         self._floor = max(self._floor, self.rank(sim, engine, now))
 
     def rank(self, sim: Simulation, engine: Engine, now: float) -> float:
-        return self._value.get(engine.serial, self._floor)
+        if engine.serial not in self._value:  # the query that had it loaded counts
+            self.used(sim, engine, now)
+        return self._value[engine.serial]
 
 
 ON_DEMAND: dict[str, Callable[[Sequence[int] | None, int], OnDemand]] = {
