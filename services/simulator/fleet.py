@@ -46,7 +46,7 @@ class SimWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What models may use of it."""
 
 
-class _Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     description: str = ""
     profile: str
@@ -55,7 +55,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    fleet: _Head
+    fleet: Head
     models: list[SimModel]
     workers: list[SimWorker]
 
