@@ -5,6 +5,7 @@ CalmError
 │   ├── InvalidQuery         `invalid_query`       wrong type, unknown field, empty prompt, bad value
 │   ├── PromptTooLarge       `prompt_too_large`    more bytes than the intake takes
 │   ├── UnknownModel         `unknown_model`       a model name that the fleet does not have
+│   ├── InvalidObjective     `invalid_objective`   an objective that cannot be set
 │   └── NotFound             `not_found`           no such query, model or operation
 ├── Unserved                 accepted, and ended without an answer
 │   ├── ContextExceeded      `context_exceeded`    more tokens than any allowed model can read
@@ -62,6 +63,10 @@ class PromptTooLarge(BadRequest):
 
 class UnknownModel(BadRequest):
     code = "unknown_model"
+
+
+class InvalidObjective(BadRequest):
+    code = "invalid_objective"
 
 
 class NotFound(BadRequest):

@@ -194,6 +194,8 @@ class ControlState(_Public, frozen=True, kw_only=True, tag="control_state.v1"):
     objectives: Objectives = Objectives()
     version: int = 0
     """Grows with every change of the objectives."""
+    event: Literal["set", "reset", "moved", "show"] = "show"
+    """Why this was recorded."""
     changed_at: float = 0.0
     changed_by: str = ""
     weights: dict[str, float] = {}
@@ -318,6 +320,9 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     propensity: float = 1.0
     """Probability with which the policy took this choice."""
     knowledge_version: int = 0
+    learned_version: int = 0
+    """Of the learned quality; 0 when the cards' own scores were used."""
+    objectives_version: int = 0
     domains: dict[str, float] = {}
     decided_at: float = 0.0
     decided_in_s: float = 0.0
@@ -534,6 +539,62 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     """A query waits at most about this long for a model that is not resident before another must leave."""
 
 
+class InForce(_Internal, frozen=True, kw_only=True, tag="in_force.v1"):
+    """KV `calm_control`, key `objectives`: what was last asked for on `calm.control`."""
+
+    objectives: Objectives
+    version: int
+    """Grows with every change."""
+    action: Literal["set", "reset"] = "set"
+    at: float = 0.0
+    by: str = ""
+
+
+class Moved(_Internal, frozen=True, kw_only=True, tag="moved.v1"):
+    """KV `calm_control`, key `weights`: the weights as the dual controller moved them, and its memory."""
+
+    version: int
+    """Of the objectives that they are to hold; weights for other objectives are not used."""
+    fleet: str
+    weights: dict[str, float]
+    """`w_quality`, `w_latency`, `w_energy`, `latency_slo_s`, `energy_ref_j`: fields of the policy."""
+    at: float
+    controller: str = ""
+    count: int = 0
+    latency_p95_s: float | None = None
+    energy_j_mean: float | None = None
+    energy_j_per_hour: float | None = None
+    infeasible: list[str] = []
+    state: bytes = b""
+    """The controller's memory, for the planner that takes over."""
+
+
+class CardStanding(_Internal, frozen=True, kw_only=True, tag="card_standing.v1"):
+    """KV `calm_control`, key `standing.<card>`: whether a card is trusted."""
+
+    card: str
+    state: Literal["healthy", "quarantined"] = "healthy"
+    scale: float = 1.0
+    """Predicted quality is multiplied by this."""
+    reason: str = ""
+    """`drift`, `restored` or `rebased`: the last event."""
+    evidence: float = 0.0
+    judgements: int = 0
+    """In the present state."""
+    at: float = 0.0
+
+
+class LearnedPart(_Internal, frozen=True, kw_only=True, tag="learned_part.v1"):
+    """KV `calm_control`, key `learned.<name>.<index>`: a piece of learned parameters, small enough for a message."""
+
+    name: Literal["quality", "length"]
+    version: int
+    index: int
+    count: int
+    """Pieces in all; those of one version belong together."""
+    data: bytes
+
+
 class Load(_Internal, frozen=True, kw_only=True, tag="load.v1"):
     """`calm.command.load.<worker>`: make an artifact resident. Idempotent by `op_id`."""
 
@@ -603,7 +664,7 @@ class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):
 class Symptom(_Internal, frozen=True, kw_only=True, tag="symptom.v1"):
     """`calm.symptom.<kind>`: something the analyzer or an executor noticed."""
 
-    kind: Literal["slo_violation", "overload", "worker_lost", "engine_lost", "breaker_open"]
+    kind: Literal["slo_violation", "overload", "worker_lost", "engine_lost", "breaker_open", "drift", "recovery"]
     subject: str
     """The model, artifact or worker it is about."""
     detail: str

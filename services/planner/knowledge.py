@@ -8,7 +8,7 @@ from collections.abc import Callable
 import nats.errors
 from nats.aio.msg import Msg
 
-from services.planner.decide import cost, residency
+from services.planner.decide import cost, objectives, residency
 from services.planner.decide.outlook import Outlook, warm_row
 from services.planner.decide.residency import Demand
 from services.planner.decide.routing import State
@@ -18,7 +18,7 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
-from shared.views import FleetView, ModelsView
+from shared.views import ControlView, FleetView, ModelsView
 
 FORECAST_FROM = 20
 """Routed queries from which on residency trusts its forecast."""
@@ -37,6 +37,7 @@ class Knowledge:
         self._on_change = on_change
         self.models = ModelsView(bus, on_change)
         self.fleet = FleetView(bus, lambda _state: on_change())
+        self.control = ControlView(bus)
         self.qos = m.Qos()
         self.demand: dict[str, Demand] = {}
         self._standings = Standings()
@@ -49,16 +50,23 @@ class Knowledge:
         await self._bus.subscribe(subjects.DECISION_ROUTE, self._on_route)
         await self.models.start()
         await self.fleet.start()
+        await self.control.start()
         with contextlib.suppress(CalmError):  # the monitor may not be up yet; it will broadcast
             self.qos = await self._bus.ask(subjects.knowledge("qos"), m.KnowledgeRequest(), m.Qos, 1.0)
 
+    @property
+    def policy(self) -> m.Policy | None:
+        """The fleet's policy with the objectives in force and the weights as moved; None until the fleet is known."""
+        policy = self.models.policy
+        return None if policy is None else objectives.effective(policy, self.control.in_force, self.control.moved)
+
     def state(self) -> State | None:
         """Everything a routing decision needs; None until the fleet is known."""
-        if self.models.policy is None or not self.models.cards:
+        if self.policy is None or not self.models.cards:
             return None
         return State(
             cards=self.models.cards,
-            policy=self.models.policy,
+            policy=self.policy,
             workers=self.fleet.workers(),
             qos=self.qos,
             waiting={artifact: d.waiting for artifact, d in self.demand.items()},
@@ -72,7 +80,7 @@ class Knowledge:
 
     def forecast(self) -> residency.Forecast | None:
         """What routing would gain from each artifact; None until enough queries have been routed."""
-        policy, workers = self.models.policy, self.fleet.workers()
+        policy, workers = self.policy, self.fleet.workers()
         if policy is None or not workers or self._outlook.count < FORECAST_FROM:
             return None
         utilities, rates = self._outlook.rows(self._clock())
@@ -96,7 +104,7 @@ class Knowledge:
         now = self._clock()
         if now - self._charged_at < CHARGES_S:
             return self._charges
-        self._charged_at, forecast, policy = now, self.forecast(), self.models.policy
+        self._charged_at, forecast, policy = now, self.forecast(), self.policy
         self._charges = {}
         if forecast is not None and policy is not None:
             found = residency.charges(
@@ -170,7 +178,7 @@ class Knowledge:
         names = tuple(sorted(self.specs()))
         if names != self._outlook.artifacts:
             self._outlook = Outlook(names)  # other models: what was seen of the old ones says little
-        policy = self.models.policy
+        policy = self.policy
         row = None if policy is None else warm_row(route, self._outlook.index, policy)
         if row is not None:
             self._outlook.seen(now, row)

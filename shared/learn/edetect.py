@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 THRESHOLD = 2e5
 """A: one false alarm in this many observations at most; within 4,000 observations with probability 0.02 at most."""
@@ -81,7 +81,7 @@ class Ranks:
 
     reference: tuple[float, ...] = ()
     """Ascending."""
-    sums: Sums = Sums()
+    sums: Sums = field(default_factory=Sums)
 
     @property
     def complete(self) -> bool:
@@ -124,7 +124,7 @@ class Mix:
     """Mean share of each domain over the reference."""
     count: int = 0
     """Observations in the reference so far."""
-    sums: Sums = Sums()
+    sums: Sums = field(default_factory=Sums)
 
     @property
     def evidence(self) -> float:

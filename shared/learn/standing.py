@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from shared.learn import edetect
@@ -49,7 +49,7 @@ class Standing:
     state: Literal["healthy", "quarantined"] = "healthy"
     scale: float = 1.0
     """Predicted quality is multiplied by this: 1 until a lower level had to be accepted."""
-    sums: Sums = Sums()
+    sums: Sums = field(default_factory=Sums)
     """Evidence of a fall while healthy, of recovery while quarantined."""
     earned: float = 0.0
     expected: float = 0.0
@@ -100,7 +100,8 @@ def judged(standing: Standing, predicted: float, score: float) -> tuple[Standing
     if edetect.evidence(sums, edetect.DROP_WEIGHTS) < edetect.THRESHOLD:
         return after, None
     # What came lately is of the changed model: the calibration stays that of before.
-    return replace(after, state="quarantined", sums=Sums(), recent=(), since=0, probed=0.0, probed_expected=0.0), "drift"
+    bad = replace(after, state="quarantined", sums=Sums(), recent=(), since=0, probed=0.0, probed_expected=0.0)
+    return bad, "drift"
 
 
 def _probed(standing: Standing, level: float, score: float) -> tuple[Standing, Event | None]:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -114,9 +114,9 @@ class Price:
 class State:
     """The controller's whole memory."""
 
-    latency: Price = Price()
-    energy: Price = Price()
-    quality: Price = Price()
+    latency: Price = field(default_factory=Price)
+    energy: Price = field(default_factory=Price)
+    quality: Price = field(default_factory=Price)
     spread: float = SPREAD
     """Standard deviation of log(latency / predicted latency), recent."""
     bias: float = 0.0
