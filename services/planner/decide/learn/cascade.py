@@ -39,9 +39,10 @@ STRENGTH = 25.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do about each of n queries; every array [n]."""
+    """What to do about each of n queries, for each of the k models that may be asked first; every array [n, k]."""
 
-    first: Integers
+    worth: Array
+    """Expected score less the price of what will be spent."""
     none_then: Integers
     """After no readable answer: a model, or KEEP (give up)."""
     second: Integers
@@ -50,8 +51,11 @@ class Plan:
     """After the second agreed: a model, or KEEP."""
     other_then: Integers
     """After the second differed: a model, KEEP or SECOND."""
-    worth: Array
-    """Expected score less the price of what will be spent."""
+
+    @property
+    def first(self) -> Integers:
+        """[n]: the model to ask first. A router that knows queues and loads may choose another by `worth`."""
+        return np.asarray(self.worth.argmax(1))
 
     def step(self, i: int, heard: Sequence[tuple[int, str]]) -> tuple[str, int]:
         """The next step for query i: ("ask", model) or ("take", model).
@@ -61,13 +65,13 @@ class Plan:
             heard: (model, answer) in the order asked; an empty answer is one that could not be read.
         """
         if not heard:
-            return "ask", int(self.first[i])
+            return "ask", int(self.worth[i].argmax())
         first, said = heard[0]
         if len(heard) == 1:
-            then = int(self.second[i] if said else self.none_then[i])
+            then = int((self.second if said else self.none_then)[i, first])
         elif len(heard) == 2 and said:
             second, answer = heard[1]
-            then = KEEP if not answer else int(self.same_then[i] if answer == said else self.other_then[i])
+            then = KEEP if not answer else int((self.same_then if answer == said else self.other_then)[i, first])
             if then == SECOND:
                 return "take", second
         else:  # the last word, or the last that could be read
@@ -144,7 +148,8 @@ class Cascade:
             retry: whether another model may be asked after an answer that could not be read.
         """
         n, k = quality.shape
-        best = _Best(n)
+        worths = np.zeros((n, k))
+        actions = [np.full((n, k), KEEP) for _ in range(4)]
         for a in range(k):
             taken = _at(self.alone[a], quality[:, a])
             none_worth, none_then = np.zeros(n), np.full(n, KEEP)
@@ -167,10 +172,10 @@ class Cascade:
                     after_worth = np.where(better, worth, after_worth)
                     second = np.where(better, b, second)
                     same_then, other_then = np.where(better, same_do, same_then), np.where(better, other_do, other_then)
-            worth = answers[:, a] * after_worth + (1.0 - answers[:, a]) * none_worth - cost[:, a]
-            best.offer(worth, (np.full(n, a), none_then, second, same_then, other_then))
-        first, none_then, second, same_then, other_then = best.actions
-        return Plan(first, none_then, second, same_then, other_then, best.worth)
+            worths[:, a] = answers[:, a] * after_worth + (1.0 - answers[:, a]) * none_worth - cost[:, a]
+            for action, chosen in zip(actions, (none_then, second, same_then, other_then), strict=True):
+                action[:, a] = chosen
+        return Plan(worths, *actions)
 
     def _after(self, lines: Array, a: int, b: int, quality: NDArray[Any], cost: NDArray[Any]) -> tuple[Array, Integers]:
         """Worth of the best end after a and b have answered, and the action."""
@@ -184,37 +189,27 @@ class Cascade:
         return worth, action
 
 
-class _Best:
-    """Of several plans offered for each query, the one of most worth."""
-
-    def __init__(self, n: int) -> None:
-        self.worth = np.full(n, -np.inf)
-        self.actions: list[Integers] = [np.full(n, KEEP) for _ in range(5)]
-
-    def offer(self, worth: Array, actions: Sequence[Integers]) -> None:
-        better = worth > self.worth
-        self.worth = np.where(better, worth, self.worth)
-        self.actions = [np.where(better, new, old) for new, old in zip(actions, self.actions, strict=True)]
-
-
-def play(plan: Plan, answered: NDArray[np.bool_], answer: NDArray[Any] | None) -> Played:
-    """Carry a plan out on recorded answers [n, k]; the same steps as `Plan.step`, for all queries at once."""
-    n = len(plan.first)
-    rows = np.arange(n)
+def play(
+    plan: Plan, answered: NDArray[np.bool_], answer: NDArray[Any] | None, first: NDArray[Any] | None = None
+) -> Played:
+    """Carry a plan out on recorded answers [n, k]: the steps of `Plan.step`, for all queries at once. `first` [n] are
+    the models asked first, the plan's own when left out."""
+    first = plan.first if first is None else first
+    rows = np.arange(len(first))
     asked = np.zeros(answered.shape, bool)
-    asked[rows, plan.first] = True
-    said = answered[rows, plan.first]
-    then = np.where(said, plan.second, plan.none_then)
+    asked[rows, first] = True
+    said = answered[rows, first]
+    then = np.where(said, plan.second[rows, first], plan.none_then[rows, first])
     more = then >= 0
     asked[rows[more], then[more]] = True
     heard = answered[rows, np.maximum(then, 0)] & more
-    alike = np.ones(n, bool) if answer is None else answer[rows, np.maximum(then, 0)] == answer[rows, plan.first]
+    alike = np.ones(len(rows), bool) if answer is None else answer[rows, np.maximum(then, 0)] == answer[rows, first]
     both = said & heard
-    last = np.where(both, np.where(alike, plan.same_then, plan.other_then), KEEP)
+    last = np.where(both, np.where(alike, plan.same_then[rows, first], plan.other_then[rows, first]), KEEP)
     further = last >= 0
     asked[rows[further], last[further]] = True
     got = answered[rows, np.maximum(last, 0)] & further
-    final = np.where(~said & heard, then, plan.first)
+    final = np.where(~said & heard, then, first)
     final = np.where(both & (last == SECOND), then, final)
     final = np.where(both & further & ~got, then, final)  # as `Plan.step`: the last that could be read
     final = np.where(got, last, final)
