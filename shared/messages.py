@@ -782,6 +782,12 @@ class Rejections(_Internal, frozen=True, kw_only=True, tag="rejections.v1"):
     at: float
 
 
+class ControlStates(_Internal, frozen=True, kw_only=True, tag="control_states.v1"):
+    """`calm.knowledge.controls`: the latest changes of objectives and moves of weights, newest first."""
+
+    states: list[ControlState] = []
+
+
 class Operations(_Internal, frozen=True, kw_only=True, tag="operations.v1"):
     """`calm.knowledge.operations`: the latest loads, evictions and losses, newest first."""
 

@@ -23,7 +23,7 @@ JOURNAL_OPERATION = "calm.journal.operation"
 QOS = "calm.telemetry.monitor.qos"
 REJECTED = "calm.telemetry.monitor.rejected"
 
-KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement")
+KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement", "controls")
 
 STREAM_QUERIES = "CALM_QUERIES"
 STREAM_WORK = "CALM_WORK"
@@ -157,6 +157,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(knowledge("counts"), "core request", (m.KnowledgeRequest, m.Counts), "all", "monitor"),
     Entry(knowledge("qos"), "core request", (m.KnowledgeRequest, m.Qos), "all", "monitor"),
     Entry(knowledge("operations"), "core request", (m.KnowledgeRequest, m.Operations), "all", "monitor"),
+    Entry(knowledge("controls"), "core request", (m.KnowledgeRequest, m.ControlStates), "all", "monitor"),
     Entry(knowledge("placement"), "core request", (m.KnowledgeRequest, m.Placement), "all", "monitor"),
     Entry(kv(BUCKET_FLEET, fleet_key("<worker>")), f"KV {BUCKET_FLEET}, TTL 3 s", (m.WorkerState,), "worker",
           "planner, executor, CLI", "refreshed each second"),
