@@ -5,6 +5,7 @@ CalmError
 │   ├── InvalidQuery         `invalid_query`       wrong type, unknown field, empty prompt, bad value
 │   ├── PromptTooLarge       `prompt_too_large`    more bytes than the intake takes
 │   ├── UnknownModel         `unknown_model`       a model name that the fleet does not have
+│   ├── InvalidObjective     `invalid_objective`   an objective that cannot be set
 │   └── NotFound             `not_found`           no such query, model or operation
 ├── Unserved                 accepted, and ended without an answer
 │   ├── ContextExceeded      `context_exceeded`    more tokens than any allowed model can read
@@ -14,6 +15,7 @@ CalmError
 │   ├── EngineFailed         `engine_failed`       every attempt of the route failed
 │   └── Overloaded           `overloaded`          the queue is full
 ├── FleetFileInvalid         `fleet_invalid`       a fleet file; carries path, line, remedy
+├── DataInvalid              `data_invalid`        recorded outcomes or a trace; carries path, line, remedy
 ├── ModelError               models and the model store
 │   ├── SourceUnavailable    `source_unavailable`  download or read failed
 │   ├── ChecksumMismatch     `checksum_mismatch`   the bytes are not the ones that were pinned
@@ -63,6 +65,10 @@ class UnknownModel(BadRequest):
     code = "unknown_model"
 
 
+class InvalidObjective(BadRequest):
+    code = "invalid_objective"
+
+
 class NotFound(BadRequest):
     code = "not_found"
 
@@ -102,6 +108,21 @@ class FleetFileInvalid(CalmError):
     """A fleet file that cannot be used. `line` is 1-based, 0 when the whole file is meant."""
 
     code = "fleet_invalid"
+
+    def __init__(self, message: str, remedy: str = "", *, path: str = "", line: int = 0) -> None:
+        super().__init__(message, remedy)
+        self.path = path
+        self.line = line
+
+    def __str__(self) -> str:
+        where = f"{self.path}:{self.line}: " if self.line else f"{self.path}: " if self.path else ""
+        return f"{where}{super().__str__()}"
+
+
+class DataInvalid(CalmError):
+    """Recorded outcomes or arrivals that cannot be used. `line` is 1-based, 0 when the whole file is meant."""
+
+    code = "data_invalid"
 
     def __init__(self, message: str, remedy: str = "", *, path: str = "", line: int = 0) -> None:
         super().__init__(message, remedy)

@@ -94,6 +94,39 @@ class Feedback(_Public, frozen=True, kw_only=True, tag="feedback.v1"):
     label: Annotated[str, Meta(max_length=200)] | None = None
 
 
+class Objectives(_Public, frozen=True, kw_only=True, tag="objectives.v1"):
+    """What the fleet is to hold, averaged over its queries. `None` means that there is no such objective."""
+
+    latency_p95_s: Positive | None = None
+    """95 % of queries take no longer than this, from acceptance to the last token."""
+    energy_j_per_query: Positive | None = None
+    """Mean energy of a query."""
+    energy_j_per_hour: Positive | None = None
+    """Energy of all queries of an hour."""
+    min_quality_ratio: Annotated[float, Meta(gt=0.0, le=2.0)] | None = None
+    """Mean predicted quality, as a share of what the card `reference` would have given."""
+    reference: Slug | None = None
+    """The card that `min_quality_ratio` is relative to."""
+    w_quality: NonNegative | None = None
+    """Weight of quality in place of the fleet's own."""
+    w_latency: NonNegative | None = None
+    """Weight of latency in place of the fleet's own; where a latency objective holds, the controller moves it."""
+    w_energy: NonNegative | None = None
+    """Weight of energy in place of the fleet's own; where an energy objective holds, the controller moves it."""
+
+
+class Control(_Public, frozen=True, kw_only=True, tag="control.v1"):
+    """Argument of `calm.control`: show, change or withdraw the fleet's objectives while it runs."""
+
+    action: Literal["show", "set", "reset"] = "show"
+    """`set` changes what `objectives` gives and leaves the rest; `reset` goes back to the fleet file."""
+    objectives: Objectives = Objectives()
+    clear: list[str] = []
+    """With `set`: names of objectives that are withdrawn."""
+    by: Annotated[str, Meta(max_length=200)] = ""
+    """Who asked, for the record."""
+
+
 # --- Public: what clients receive ---------------------------------------------------------------
 
 
@@ -153,6 +186,31 @@ class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
     attempt: int
     why: str
     """One sentence: why this model. `calm explain ID` has the whole decision."""
+
+
+class ControlState(_Public, frozen=True, kw_only=True, tag="control_state.v1"):
+    """The objectives in force, the weights as moved to hold them, and how they stand. The reply of `calm.control`."""
+
+    objectives: Objectives = Objectives()
+    version: int = 0
+    """Grows with every change of the objectives."""
+    event: Literal["set", "reset", "moved", "show"] = "show"
+    """Why this was recorded."""
+    changed_at: float = 0.0
+    changed_by: str = ""
+    weights: dict[str, float] = {}
+    """w_q, w_l and w_e as the planners use them, with their scales `latency_slo_s` and `energy_ref_j`."""
+    moved_at: float = 0.0
+    """When the controller last moved the weights; 0 when the fleet's own stand."""
+    controller: str = ""
+    """The planner that runs the controller."""
+    count: int = 0
+    """Queries that the figures below are over, 500 at most."""
+    latency_p95_s: float | None = None
+    energy_j_mean: float | None = None
+    energy_j_per_hour: float | None = None
+    infeasible: list[str] = []
+    """Objectives that are broken with their weight at its bound: no policy of this fleet holds them now."""
 
 
 class Chunk(_Public, frozen=True, kw_only=True, tag="chunk.v1"):
@@ -262,6 +320,9 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     propensity: float = 1.0
     """Probability with which the policy took this choice."""
     knowledge_version: int = 0
+    learned_version: int = 0
+    """Of the learned quality; 0 when the cards' own scores were used."""
+    objectives_version: int = 0
     domains: dict[str, float] = {}
     decided_at: float = 0.0
     decided_in_s: float = 0.0
@@ -478,6 +539,62 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     """A query waits at most about this long for a model that is not resident before another must leave."""
 
 
+class InForce(_Internal, frozen=True, kw_only=True, tag="in_force.v1"):
+    """KV `calm_control`, key `objectives`: what was last asked for on `calm.control`."""
+
+    objectives: Objectives
+    version: int
+    """Grows with every change."""
+    action: Literal["set", "reset"] = "set"
+    at: float = 0.0
+    by: str = ""
+
+
+class Moved(_Internal, frozen=True, kw_only=True, tag="moved.v1"):
+    """KV `calm_control`, key `weights`: the weights as the dual controller moved them, and its memory."""
+
+    version: int
+    """Of the objectives that they are to hold; weights for other objectives are not used."""
+    fleet: str
+    weights: dict[str, float]
+    """`w_quality`, `w_latency`, `w_energy`, `latency_slo_s`, `energy_ref_j`: fields of the policy."""
+    at: float
+    controller: str = ""
+    count: int = 0
+    latency_p95_s: float | None = None
+    energy_j_mean: float | None = None
+    energy_j_per_hour: float | None = None
+    infeasible: list[str] = []
+    state: bytes = b""
+    """The controller's memory, for the planner that takes over."""
+
+
+class CardStanding(_Internal, frozen=True, kw_only=True, tag="card_standing.v1"):
+    """KV `calm_control`, key `standing.<card>`: whether a card is trusted."""
+
+    card: str
+    state: Literal["healthy", "quarantined"] = "healthy"
+    scale: float = 1.0
+    """Predicted quality is multiplied by this."""
+    reason: str = ""
+    """`drift`, `restored` or `rebased`: the last event."""
+    evidence: float = 0.0
+    judgements: int = 0
+    """In the present state."""
+    at: float = 0.0
+
+
+class LearnedPart(_Internal, frozen=True, kw_only=True, tag="learned_part.v1"):
+    """KV `calm_control`, key `learned.<name>.<index>`: a piece of learned parameters, small enough for a message."""
+
+    name: Literal["quality", "length"]
+    version: int
+    index: int
+    count: int
+    """Pieces in all; those of one version belong together."""
+    data: bytes
+
+
 class Load(_Internal, frozen=True, kw_only=True, tag="load.v1"):
     """`calm.command.load.<worker>`: make an artifact resident. Idempotent by `op_id`."""
 
@@ -547,7 +664,7 @@ class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):
 class Symptom(_Internal, frozen=True, kw_only=True, tag="symptom.v1"):
     """`calm.symptom.<kind>`: something the analyzer or an executor noticed."""
 
-    kind: Literal["slo_violation", "overload", "worker_lost", "engine_lost", "breaker_open"]
+    kind: Literal["slo_violation", "overload", "worker_lost", "engine_lost", "breaker_open", "drift", "recovery"]
     subject: str
     """The model, artifact or worker it is about."""
     detail: str
@@ -663,6 +780,12 @@ class Rejections(_Internal, frozen=True, kw_only=True, tag="rejections.v1"):
     counts: dict[str, int]
     """By error code."""
     at: float
+
+
+class ControlStates(_Internal, frozen=True, kw_only=True, tag="control_states.v1"):
+    """`calm.knowledge.controls`: the latest changes of objectives and moves of weights, newest first."""
+
+    states: list[ControlState] = []
 
 
 class Operations(_Internal, frozen=True, kw_only=True, tag="operations.v1"):

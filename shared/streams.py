@@ -72,6 +72,7 @@ BUCKETS: tuple[KeyValueConfig, ...] = (
     KeyValueConfig(bucket=subjects.BUCKET_FLEET, history=1, direct=True, ttl=LIVENESS_S, storage=StorageType.MEMORY),
     KeyValueConfig(bucket=subjects.BUCKET_LEASES, history=1, direct=True, ttl=LIVENESS_S, storage=StorageType.MEMORY),
     KeyValueConfig(bucket=subjects.BUCKET_MODELS, history=1, direct=True, storage=StorageType.FILE),
+    KeyValueConfig(bucket=subjects.BUCKET_CONTROL, history=1, direct=True, storage=StorageType.FILE),
 )
 
 

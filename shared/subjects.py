@@ -9,6 +9,7 @@ from shared import messages as m
 
 QUERY = "calm.query"
 FEEDBACK = "calm.feedback"
+CONTROL = "calm.control"
 NEW = "calm.queries.new"
 ANALYZED = "calm.queries.analyzed"
 PLANNED = "calm.queries.planned"
@@ -16,12 +17,13 @@ FAILED = "calm.queries.failed"
 DEAD = "calm.dead"
 DECISION_ROUTE = "calm.decision.route"
 DECISION_PLACEMENT = "calm.decision.placement"
+DECISION_CONTROL = "calm.decision.control"
 JOURNAL_ACCEPTED = "calm.journal.accepted"
 JOURNAL_OPERATION = "calm.journal.operation"
 QOS = "calm.telemetry.monitor.qos"
 REJECTED = "calm.telemetry.monitor.rejected"
 
-KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement")
+KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement", "controls")
 
 STREAM_QUERIES = "CALM_QUERIES"
 STREAM_WORK = "CALM_WORK"
@@ -33,10 +35,14 @@ STREAM_DEAD = "CALM_DEAD"
 BUCKET_FLEET = "calm_fleet"
 BUCKET_MODELS = "calm_models"
 BUCKET_LEASES = "calm_leases"
+BUCKET_CONTROL = "calm_control"
 POLICY_KEY = "_policy"
+OBJECTIVES_KEY = "objectives"
+WEIGHTS_KEY = "weights"
 
 INTAKE_QUEUE = "calm-intake"
 KNOWLEDGE_QUEUE = "calm-knowledge"
+CONTROL_QUEUE = "calm-control"
 
 PRIORITIES: tuple[Literal["hi", "lo"], ...] = ("hi", "lo")
 
@@ -91,6 +97,14 @@ def fleet_key(worker: str) -> str:
     return f"worker.{worker}"
 
 
+def standing_key(card: str) -> str:
+    return f"standing.{card}"
+
+
+def learned_key(name: str, index: int | str) -> str:
+    return f"learned.{name}.{index}"
+
+
 def kv(bucket: str, key: str) -> str:
     """The stream subject under a KV key (`>` for all of a bucket)."""
     return f"$KV.{bucket}.{key}"
@@ -143,11 +157,22 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(knowledge("counts"), "core request", (m.KnowledgeRequest, m.Counts), "all", "monitor"),
     Entry(knowledge("qos"), "core request", (m.KnowledgeRequest, m.Qos), "all", "monitor"),
     Entry(knowledge("operations"), "core request", (m.KnowledgeRequest, m.Operations), "all", "monitor"),
+    Entry(knowledge("controls"), "core request", (m.KnowledgeRequest, m.ControlStates), "all", "monitor"),
     Entry(knowledge("placement"), "core request", (m.KnowledgeRequest, m.Placement), "all", "monitor"),
     Entry(kv(BUCKET_FLEET, fleet_key("<worker>")), f"KV {BUCKET_FLEET}, TTL 3 s", (m.WorkerState,), "worker",
           "planner, executor, CLI", "refreshed each second"),
     Entry(kv(BUCKET_MODELS, "<card>"), f"KV {BUCKET_MODELS}", (m.Card,), "monitor", "all services"),
     Entry(kv(BUCKET_MODELS, POLICY_KEY), f"KV {BUCKET_MODELS}", (m.Policy,), "monitor", "all services"),
+    Entry(CONTROL, "core request", (m.Control, m.ControlState, m.Failure), "people", "planner",
+          "objectives, changed while the system runs"),
+    Entry(DECISION_CONTROL, f"JetStream {STREAM_JOURNAL}", (m.ControlState,), "planner", "monitor",
+          "every change of the objectives, and the weights as moved, at most every 10 s"),
+    Entry(kv(BUCKET_CONTROL, OBJECTIVES_KEY), f"KV {BUCKET_CONTROL}", (m.InForce,), "planner", "planner, monitor"),
+    Entry(kv(BUCKET_CONTROL, WEIGHTS_KEY), f"KV {BUCKET_CONTROL}", (m.Moved,), "planner", "planner",
+          "written by the placement leader, which runs the dual controller"),
+    Entry(kv(BUCKET_CONTROL, standing_key("<card>")), f"KV {BUCKET_CONTROL}", (m.CardStanding,), "monitor", "planner"),
+    Entry(kv(BUCKET_CONTROL, learned_key("<name>", "<index>")), f"KV {BUCKET_CONTROL}", (m.LearnedPart,), "monitor",
+          "planner"),
     Entry(kv(BUCKET_LEASES, "placement"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "planner", "planner",
           "the instance that plans residency"),
     Entry(kv(BUCKET_LEASES, "knowledge"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "monitor", "monitor",

@@ -84,3 +84,51 @@ class ModelsView:
         if self.policy is not None and self.cards:
             self.ready.set()
         self._on_change()
+
+
+class ControlView:
+    """Objectives in force, weights as moved, standings and learned parameters, as planners and monitor tell them."""
+
+    def __init__(self, bus: Bus, on_change: Callable[[str], None] | None = None) -> None:
+        """`on_change` is called with the key that changed."""
+        self._bus = bus
+        self._on_change = on_change or (lambda _key: None)
+        self.in_force: m.InForce | None = None
+        self.moved: m.Moved | None = None
+        self.standings: dict[str, m.CardStanding] = {}
+        self.learned: dict[str, tuple[int, bytes]] = {}
+        """By name: version and bytes, of the newest version that is complete."""
+        self._parts: dict[str, dict[int, m.LearnedPart]] = {}
+
+    async def start(self) -> None:
+        """Subscribe, then read what is there already."""
+        await self._bus.subscribe(subjects.kv(subjects.BUCKET_CONTROL, ">"), self._on_message)
+        for key, data in (await self._bus.kv_all(subjects.BUCKET_CONTROL)).items():
+            self._put(key, data)
+
+    async def _on_message(self, message: Msg) -> None:
+        key = message.subject.removeprefix(subjects.kv(subjects.BUCKET_CONTROL, ""))
+        self._put(key, b"" if (message.headers or {}).get("KV-Operation") else message.data)
+
+    def _put(self, key: str, data: bytes) -> None:
+        if key == subjects.OBJECTIVES_KEY:
+            self.in_force = codec.unpack(data, m.InForce) if data else None
+        elif key == subjects.WEIGHTS_KEY:
+            self.moved = codec.unpack(data, m.Moved) if data else None
+        elif key.startswith("standing."):
+            card = key.removeprefix("standing.")
+            if data:
+                self.standings[card] = codec.unpack(data, m.CardStanding)
+            else:
+                self.standings.pop(card, None)
+        elif key.startswith("learned.") and data:
+            self._join(codec.unpack(data, m.LearnedPart))
+        self._on_change(key)
+
+    def _join(self, part: m.LearnedPart) -> None:
+        parts = self._parts.setdefault(part.name, {})
+        parts[part.index] = part
+        whole = [p for p in parts.values() if p.version == part.version]
+        if len(whole) == part.count:
+            data = b"".join(p.data for p in sorted(whole, key=lambda p: p.index))
+            self.learned[part.name] = (part.version, data)

@@ -49,6 +49,10 @@ def _run(arguments: object) -> int:
             from services.cli.small import cancel, feedback  # noqa: PLC0415
 
             return asyncio.run((feedback if arguments.command == "feedback" else cancel)(arguments, settings))
+        case "policy":
+            from services.cli.policy import policy  # noqa: PLC0415
+
+            return asyncio.run(policy(arguments, settings))
         case "models":
             from services.cli.models import models  # noqa: PLC0415
 

@@ -63,6 +63,23 @@ def parser() -> argparse.ArgumentParser:
     cancel = add("cancel", "Cancel a query, also while it is queued.")
     cancel.add_argument("query_id")
 
+    policy = add("policy", "Show, set or reset the objectives that the fleet is to hold, while it runs.")
+    verbs = policy.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = verbs.add_parser("show", help="objectives, weights as moved to hold them, how they stand", parents=[common])
+    change = verbs.add_parser("set", help="change some objectives and leave the rest", parents=[common])
+    change.add_argument("--p95", type=float, metavar="S", help="95 %% of queries take no longer than this")
+    change.add_argument("--energy", type=float, metavar="J", help="mean joules of a query")
+    change.add_argument("--energy-per-hour", type=float, metavar="J", help="joules of all queries of an hour")
+    change.add_argument("--min-quality", type=float, metavar="RATIO", help="of what --reference would have given")
+    change.add_argument("--reference", metavar="CARD")
+    change.add_argument("--w-quality", type=float, metavar="W", help="weight of quality")
+    change.add_argument("--w-latency", type=float, metavar="W", help="weight of latency")
+    change.add_argument("--w-energy", type=float, metavar="W", help="weight of energy")
+    change.add_argument("--clear", action="append", default=[], metavar="NAME", help="withdraw an objective")
+    reset = verbs.add_parser("reset", help="go back to the fleet file", parents=[common])
+    for verb in (show, change, reset):
+        verb.add_argument("--json", action="store_true")
+
     models = add("models", "Manage the model store.")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     pull = actions.add_parser("pull", help="fetch and import what a fleet needs", parents=[common])

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import nats.errors
 from nats.aio.msg import Msg
 
+from services.cli import policy
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
@@ -30,6 +34,7 @@ class Snapshot:
     counts: m.Counts | None = None
     qos: m.Qos | None = None
     operations: list[m.Operation] = field(default_factory=list)
+    control: m.ControlState | None = None
 
 
 async def status(settings: Settings, *, as_json: bool) -> int:
@@ -65,6 +70,8 @@ async def take(bus: Bus) -> Snapshot:
             snapshot.operations = reply.operations
         else:
             setattr(snapshot, name, reply)
+    with contextlib.suppress(CalmError):
+        snapshot.control = await _control(bus)
     info = await bus.js.stream_info(subjects.STREAM_WORK, subjects_filter="calm.work.>")
     for subject, count in (info.state.subjects or {}).items():
         artifact = subjects.artifact_of_work(subject)
@@ -73,6 +80,16 @@ async def take(bus: Bus) -> Snapshot:
     snapshot.services = [beats[key] for key in sorted(beats)]
     snapshot.workers = fleet.workers()
     return snapshot
+
+
+async def _control(bus: Bus) -> m.ControlState | None:
+    """The objectives and weights; None when no planner answers."""
+    try:
+        reply = await bus.nc.request(subjects.CONTROL, codec.to_json(m.Control()), timeout=2)
+    except (TimeoutError, nats.errors.Error):
+        return None
+    state = codec.from_json(reply.data, m.ControlState | m.Failure)  # type: ignore[arg-type]
+    return state if isinstance(state, m.ControlState) else None
 
 
 def render(s: Snapshot) -> str:
@@ -96,6 +113,10 @@ def render(s: Snapshot) -> str:
             )
     if not s.workers:
         lines.append("  none is registered")
+    if s.control is not None:
+        lines.append(policy.weights(s.control))
+        if s.control.version:
+            lines += [f"  {line}" for line in policy.render(s.control, time.time()).splitlines() if line[:1] != "w"]
     lines.append("queues: " + (", ".join(f"{a} {n}" for a, n in sorted(s.queues.items())) or "empty"))
     if s.counts is not None:
         c = s.counts

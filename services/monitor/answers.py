@@ -50,6 +50,7 @@ class Answers:
             "counts": lambda _: reads.counts(self._store),
             "qos": self._qos,
             "operations": lambda asked: reads.operations(self._store, asked.limit),
+            "controls": lambda asked: reads.controls(self._store, asked.limit),
             "placement": lambda asked: reads.placement(self._store, asked.id),
         }
 

@@ -108,6 +108,8 @@ class Recorder:
             await self._writer.write("decisions", rows.decision(codec.unpack(data, m.Route), at))
         elif subject == subjects.DECISION_PLACEMENT:
             await self._writer.write("placements", rows.placement(codec.unpack(data, m.Placement), at))
+        elif subject == subjects.DECISION_CONTROL:
+            await self._writer.write("controls", rows.control(codec.unpack(data, m.ControlState), at))
         elif subject == subjects.JOURNAL_OPERATION:
             operation = codec.unpack(data, m.Operation)
             row = rows.operation(operation, at, self._device_class(operation.worker))

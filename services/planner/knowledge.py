@@ -8,14 +8,23 @@ from collections.abc import Callable
 import nats.errors
 from nats.aio.msg import Msg
 
-from services.planner.decide import residency
+from services.planner.decide import cost, objectives, residency
+from services.planner.decide.outlook import Outlook, warm_row
 from services.planner.decide.residency import Demand
 from services.planner.decide.routing import State
+from services.planner.decide.scoring import slope_of_penalty
+from services.planner.decide.standing import Standings
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
-from shared.views import FleetView, ModelsView
+from shared.views import ControlView, FleetView, ModelsView
+
+FORECAST_FROM = 20
+"""Routed queries from which on residency trusts its forecast."""
+PATIENCE = 0.6
+"""Share of the rent-or-buy threshold at which a grouped load begins (`bench.residency` compares values)."""
+CHARGES_S = 1.0
 
 
 class Knowledge:
@@ -28,32 +37,82 @@ class Knowledge:
         self._on_change = on_change
         self.models = ModelsView(bus, on_change)
         self.fleet = FleetView(bus, lambda _state: on_change())
+        self.control = ControlView(bus)
         self.qos = m.Qos()
         self.demand: dict[str, Demand] = {}
+        self._standings = Standings()
+        self._outlook = Outlook(())
+        self._charges: dict[str, tuple[float, float, float]] = {}
+        self._charged_at = 0.0
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.QOS, self._on_qos)
         await self._bus.subscribe(subjects.DECISION_ROUTE, self._on_route)
         await self.models.start()
         await self.fleet.start()
+        await self.control.start()
         with contextlib.suppress(CalmError):  # the monitor may not be up yet; it will broadcast
             self.qos = await self._bus.ask(subjects.knowledge("qos"), m.KnowledgeRequest(), m.Qos, 1.0)
 
+    @property
+    def policy(self) -> m.Policy | None:
+        """The fleet's policy with the objectives in force and the weights as moved; None until the fleet is known."""
+        policy = self.models.policy
+        return None if policy is None else objectives.effective(policy, self.control.in_force, self.control.moved)
+
     def state(self) -> State | None:
         """Everything a routing decision needs; None until the fleet is known."""
-        if self.models.policy is None or not self.models.cards:
+        if self.policy is None or not self.models.cards:
             return None
         return State(
             cards=self.models.cards,
-            policy=self.models.policy,
+            policy=self.policy,
             workers=self.fleet.workers(),
             qos=self.qos,
             waiting={artifact: d.waiting for artifact, d in self.demand.items()},
             planner=self._planner,
+            standings=self._standings,
+            charges=self._charges_now(),
         )
 
     def specs(self) -> dict[str, m.ArtifactSpec]:
         return {card.artifact.name: card.artifact for card in self.models.cards.values()}
+
+    def forecast(self) -> residency.Forecast | None:
+        """What routing would gain from each artifact; None until enough queries have been routed."""
+        policy, workers = self.policy, self.fleet.workers()
+        if policy is None or not workers or self._outlook.count < FORECAST_FROM:
+            return None
+        utilities, rates = self._outlook.rows(self._clock())
+        learned = {(a.artifact, a.device_class): a for a in self.qos.artifacts}
+        device = workers[0].device
+        load_j = {
+            name: cost.unit_costs(spec, device, learned.get((name, device.device_class))).load_j
+            for name, spec in self.specs().items()
+        }
+        return residency.Forecast(
+            artifacts=self._outlook.index,
+            utilities=utilities,
+            rates=rates,
+            load_cost={name: policy.w_energy * joules / policy.energy_ref_j for name, joules in load_j.items()},
+            patience=PATIENCE,
+            second_cost=policy.w_latency * slope_of_penalty(policy.latency_slo_s),
+        )
+
+    def _charges_now(self) -> dict[str, tuple[float, float, float]]:
+        """What loading costs others, for routing; worked out anew at most once a second."""
+        now = self._clock()
+        if now - self._charged_at < CHARGES_S:
+            return self._charges
+        self._charged_at, forecast, policy = now, self.forecast(), self.policy
+        self._charges = {}
+        if forecast is not None and policy is not None:
+            found = residency.charges(
+                workers=self.fleet.workers(), specs=self.specs(), pinned=self.pinned(), demand=self.demand,
+                load_s=self.load_s(), policy=policy, now=now, forecast=forecast,
+            )  # fmt: skip
+            self._charges = {a: (s.burden, s.delay_s, s.sharing) for a, s in found.items()}
+        return self._charges
 
     def pinned(self) -> frozenset[str]:
         return frozenset(card.artifact.name for card in self.models.cards.values() if card.pinned)
@@ -108,11 +167,21 @@ class Knowledge:
             return
         artifact = card.artifact.name
         now = self._clock()
+        self._foresee(route, now)
         demand = residency.arrived(self.demand.get(artifact, Demand()), now)
         if demand.waiting_since is None and not self.covered(artifact):
             demand = Demand(demand.waiting, now, demand.rate, demand.rate_at)
         self.demand[artifact] = demand
         self._on_change()
+
+    def _foresee(self, route: m.Route, now: float) -> None:
+        names = tuple(sorted(self.specs()))
+        if names != self._outlook.artifacts:
+            self._outlook = Outlook(names)  # other models: what was seen of the old ones says little
+        policy = self.policy
+        row = None if policy is None else warm_row(route, self._outlook.index, policy)
+        if row is not None:
+            self._outlook.seen(now, row)
 
     async def _on_qos(self, message: Msg) -> None:
         self.qos = codec.unpack(message.data, m.Qos)

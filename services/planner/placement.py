@@ -99,6 +99,7 @@ class Placement:
             held_back=frozenset(self._held_back),
             policy=state.policy,
             now=now,
+            forecast=self._knowledge.forecast(),
         )
         for artifact, obstacle in plan.blocked.items():
             if self._blocked.get(artifact) != obstacle:

@@ -10,6 +10,7 @@ import msgspec
 import structlog
 from nats.aio.msg import Msg
 
+from services.planner.control import Control
 from services.planner.decide import routing
 from services.planner.knowledge import Knowledge
 from services.planner.placement import Placement
@@ -33,6 +34,15 @@ class Planner:
         self._log = context.log
         self._knowledge = Knowledge(self._bus, context.instance, context.clock, self._on_change)
         self._placement = Placement(self._bus, self._knowledge, context.instance, context.clock, self._log)
+        self._control = Control(
+            self._bus,
+            self._knowledge.models,
+            self._knowledge.control,
+            context.instance,
+            lambda: self._placement.leads,
+            context.clock,
+            self._log,
+        )
         self._puller = Puller(
             self._bus,
             stream=subjects.STREAM_QUERIES,
@@ -48,6 +58,7 @@ class Planner:
     async def start(self) -> None:
         await self._knowledge.start()
         await self._placement.start()
+        await self._control.start()
         self._log.info("waiting_for_fleet")
         await self._knowledge.models.ready.wait()
         self._rehearse()
@@ -55,6 +66,7 @@ class Planner:
 
     async def stop(self) -> None:
         await self._puller.stop(self._context.settings.drain_s)
+        await self._control.stop()
         await self._placement.stop()
 
     def _rehearse(self) -> None:
@@ -102,7 +114,11 @@ class Planner:
             return
         began = time.perf_counter()
         route = routing.decide(analyzed, state, now)
-        route = msgspec.structs.replace(route, decided_in_s=time.perf_counter() - began)
+        route = msgspec.structs.replace(
+            route,
+            decided_in_s=time.perf_counter() - began,
+            objectives_version=self._control.version,
+        )
         decision = self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{accepted.query_id}-route")
         if route.order:
             stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock()))

@@ -116,6 +116,14 @@ async def operations(store: Store, limit: int) -> m.Operations:
     return m.Operations(operations=[codec.unpack(record, m.Operation) for record in found])
 
 
+async def controls(store: Store, limit: int) -> m.ControlStates:
+    """The latest changes of objectives and moves of weights, newest first."""
+    statement = select(t.controls.c.record).order_by(t.controls.c.at.desc()).limit(limit)
+    async with store.read() as connection:
+        found = (await connection.scalars(statement)).all()
+    return m.ControlStates(states=[codec.unpack(record, m.ControlState) for record in found])
+
+
 async def placement(store: Store, placement_id: str = "") -> m.Placement | None:
     """One residency decision by id, or the latest."""
     statement = select(t.placements.c.record).order_by(t.placements.c.decided_at.desc()).limit(1)

@@ -90,6 +90,22 @@ def placement(decided: m.Placement, at: float) -> Row:
     }
 
 
+def control(state: m.ControlState, at: float) -> Row:
+    """A change of the objectives, or a move of the weights."""
+    when = state.moved_at if state.event == "moved" else state.changed_at
+    return {
+        "id": f"{state.version}-{state.event}-{when or at}",
+        "version": state.version,
+        "event": state.event,
+        "changed_by": state.changed_by,
+        "w_quality": state.weights.get("w_q", 0.0),
+        "w_latency": state.weights.get("w_l", 0.0),
+        "w_energy": state.weights.get("w_e", 0.0),
+        "at": when or at,
+        "record": codec.pack(state),
+    }
+
+
 def symptom(found: m.Symptom) -> Row:
     return {
         "kind": found.kind,

@@ -32,6 +32,7 @@ class Batch:
     completions: list[Row] = field(default_factory=list)
     operations: list[Row] = field(default_factory=list)
     placements: list[Row] = field(default_factory=list)
+    controls: list[Row] = field(default_factory=list)
     feedback: list[Row] = field(default_factory=list)
     symptoms: list[Row] = field(default_factory=list)
     workers: list[Row] = field(default_factory=list)
@@ -100,6 +101,7 @@ class Store:
                 (t.completions, t.completions.c.ended_at),
                 (t.operations, t.operations.c.at),
                 (t.placements, t.placements.c.decided_at),
+                (t.controls, t.controls.c.at),
                 (t.feedback, t.feedback.c.at),
                 (t.device_samples, t.device_samples.c.at),
                 (t.symptoms, t.symptoms.c.at),
@@ -150,6 +152,7 @@ async def _write(connection: AsyncConnection, batch: Batch) -> Fresh:
     operations = await _add(connection, t.operations, batch.operations)
     await _add(connection, t.decisions, batch.decisions)
     await _add(connection, t.placements, batch.placements)
+    await _add(connection, t.controls, batch.controls)
     await _add(connection, t.device_samples, batch.device_samples)
     await _add(connection, t.parameters, batch.parameters)
     judged = await _judge(connection, batch.feedback)

@@ -138,8 +138,9 @@ feedback = Table(
     Column("label", String),
     _text("card"),
     Column("at", Float, nullable=False, index=True),
+    _text("source"),
 )
-"""The latest judgement of each query."""
+"""The latest judgement of each query; `source` is empty for people's, `probe` for a golden probe."""
 
 device_samples = Table(
     "device_samples",
@@ -166,6 +167,21 @@ symptoms = Table(
     _number("limit"),
     Column("at", Float, nullable=False, index=True),
 )
+
+controls = Table(
+    "controls",
+    metadata,
+    Column("id", String, primary_key=True),
+    _number("version", Integer),
+    _text("event"),
+    _text("changed_by"),
+    _number("w_quality"),
+    _number("w_latency"),
+    _number("w_energy"),
+    Column("at", Float, nullable=False, index=True),
+    Column("record", LargeBinary, nullable=False),
+)
+"""Objectives as changed, and weights as the dual controller moved them (`control_state.v1`)."""
 
 parameters = Table(
     "parameters",

@@ -36,7 +36,9 @@ def open_embedder(
 class Embedder:
     """A loaded embedding model; `embed` may be called from one thread at a time."""
 
-    def __init__(self, folder: Path, manifest: Manifest, variant: str, threads: int = 1) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, variant: str, threads: int = 1, max_tokens: int = MAX_TOKENS
+    ) -> None:
         found = manifest.variant(variant)
         if found is None:
             raise ModelMissing(f"{manifest.name} has no variant {variant!r}.", "Pull it with `calm models pull`.")
@@ -51,7 +53,7 @@ class Embedder:
             str(folder / found.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         self._tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer.file))
-        self._tokenizer.enable_truncation(min(MAX_TOKENS, manifest.architecture.context))
+        self._tokenizer.enable_truncation(min(max_tokens, manifest.architecture.context))
         self._tokenizer.enable_padding()
         self.hidden = manifest.architecture.hidden
 

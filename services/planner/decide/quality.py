@@ -4,6 +4,11 @@ query's domains, moved by how alike the query is to what the card is for, and by
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared import messages as m
 
@@ -32,3 +37,46 @@ def predict(card: m.Card, profile: m.Profile, qos: m.CardQos | None) -> tuple[fl
     if count:
         terms["feedback"] = mean
     return quality, terms
+
+
+class Prior:
+    """`predict` for all cards of a fleet at once."""
+
+    def __init__(self, cards: Sequence[m.Card], qos: m.Qos) -> None:
+        self._names = [card.name for card in cards]
+        names = sorted({name for card in cards for name in card.domains})
+        self._domain = {name: i for i, name in enumerate(names)}
+        self._score = np.zeros((len(cards), len(names)))
+        self._known = np.zeros((len(cards), len(names)))
+        for row, card in enumerate(cards):
+            for name, score in card.domains.items():
+                self._score[row, self._domain[name]] = score
+                self._known[row, self._domain[name]] = 1.0
+        self._quality = np.array([card.quality for card in cards])
+        feedback = {c.card: c for c in qos.cards}
+        self._count = np.array([feedback[n].feedback_count if n in feedback else 0 for n in self._names], np.float64)
+        self._mean = np.array([feedback[n].feedback_mean if n in feedback else 0.0 for n in self._names])
+
+    def predict(self, profile: m.Profile) -> tuple[NDArray[Any], list[dict[str, float]]]:
+        """Quality [k], and each card's terms, as `predict` gives them for one card."""
+        share = np.zeros(len(self._domain))
+        for name, p in profile.domains.items():
+            if name in self._domain:
+                share[self._domain[name]] = p
+        prior = self._score @ share + (1.0 - self._known @ share) * self._quality
+        alike = profile.affinity
+        level = sum(alike.values()) / len(alike) if alike else 0.0
+        similarity = np.array([alike.get(name, level) for name in self._names])
+        fit = 1.0 + FIT_SPAN * np.tanh((similarity - level) / FIT_SCALE)
+        quality = np.minimum(1.0, prior * fit)
+        heard = self._count > 0
+        quality = np.where(
+            heard, (quality * FEEDBACK_PRIOR + self._mean * self._count) / (FEEDBACK_PRIOR + self._count), quality
+        )
+        terms = [
+            {"domain_score": d, "affinity": a, "fit": f}
+            for d, a, f in zip(prior.tolist(), similarity.tolist(), fit.tolist(), strict=True)
+        ]
+        for row in np.flatnonzero(heard).tolist():
+            terms[row]["feedback"] = float(self._mean[row])
+        return quality, terms

@@ -1,4 +1,4 @@
-"""Which artifacts each worker holds: loads on demand, evicts the least valuable, never thrashes. Pure.
+"""Which artifacts each worker holds: ahead of demand where a forecast is given, and never thrashing. Pure.
 
 One pass, in order (the numbers stand in the code too):
 
@@ -10,22 +10,32 @@ One pass, in order (the numbers stand in the code too):
    smallest value. A victim is ready, not pinned, past its minimum residence, and has no queries of its own,
    unless the need has waited longer than `max_wait_s`: then work in hand no longer protects it.
    A replica or a warm start evicts only what has been without work; a warm start evicts nothing.
+   With a forecast, queries that wait are grouped: work in hand, or worth to come, protects a victim until those
+   who wait have waited, together, for as long as its absence will make others wait (rent or buy: at most twice
+   the least possible wait), and for `max_wait_s` at most.
 5. An artifact unused for `idle_evict_s` and not pinned leaves.
+6. With a forecast: the exchange that gains most is made (prefetch), if within the time for which the forecast is
+   trusted it earns what the load costs, and by more than the forecast's own noise (hysteresis).
 
-Value per byte, after GreedyDual-Size (Cao and Irani, 1997) with a decayed demand rate in place of a count: what
-keeping an artifact saves is demand rate x load time, and what it costs is memory.
+Value per byte: with a forecast, what routing would lose without the artifact (`outlook`). Without one, after
+GreedyDual-Size (Cao and Irani, 1997) with a decayed demand rate in place of a count: what keeping an artifact saves
+is demand rate x load time, and what it costs is memory.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from services.planner.decide.outlook import Array, exchange, wished, worth
 from shared import messages as m
 
 RATE_HALF_LIFE_S = 120.0
+CANDIDATES = 4
+"""Artifacts, and workers for each, that an exchange is worked out for in full."""
 WARM_START_S = 30.0
 """A worker older than this is empty for a reason (idle eviction), and stays so until there is demand."""
 
@@ -67,12 +77,38 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What routing would gain from each artifact: `outlook.Outlook.rows`, and what a load costs in the same unit."""
+
+    artifacts: Mapping[str, int]
+    """Column of each artifact."""
+    utilities: Array
+    """[queries, artifacts], were each resident and free."""
+    rates: Array
+    """[queries], per second."""
+    load_cost: Mapping[str, float] = field(default_factory=dict)
+    """Utility that loading an artifact costs by itself (its energy)."""
+    trusted_s: float = 120.0
+    """For how long the mix is expected to stay as it is."""
+    noise_z: float = 0.5
+    """Standard errors of the forecast by which an exchange must gain."""
+    prefetch: bool = True
+    patience: float = 0.0
+    """Those who wait for a load wait together for at least this share of what it will make others wait."""
+    second_cost: float = 0.0
+    """Utility that a second of waiting costs; if not 0, what a load costs others is counted in utility lost, else in
+    seconds waited."""
+
+
+@dataclass(frozen=True)
 class Plan:
     actions: tuple[Action, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)
     """Value of each resident artifact by `worker/artifact`, in seconds of load saved per second and gigabyte."""
     blocked: Mapping[str, str] = field(default_factory=dict)
     """Needed artifacts that cannot be loaded now, with the reason."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """With a forecast: utility per second that routing would lose without each resident artifact."""
 
 
 @dataclass
@@ -86,6 +122,10 @@ class _Room:
     coming: int = 0
     """Bytes that evictions under way will free, and that no load has been given yet."""
     untouched: bool = True
+
+    def quiet(self) -> bool:
+        """Nothing is loading or leaving, and this pass has changed nothing."""
+        return self.untouched and not self.leaving and all(e.state == "ready" for e in self.state.engines)
 
 
 def arrived(demand: Demand, now: float, count: int = 1) -> Demand:
@@ -116,6 +156,7 @@ def plan(
     held_back: frozenset[tuple[str, str]],
     policy: m.Policy,
     now: float,
+    forecast: Forecast | None = None,
 ) -> Plan:
     """One pass over the fleet.
 
@@ -123,14 +164,15 @@ def plan(
     `held_back`: (worker, artifact) whose last load failed and must not be tried again yet.
     """
     rooms = [_room(worker, pending) for worker in workers if not worker.draining]
+    losses = _losses(rooms, forecast)
     values = {
-        f"{room.state.worker}/{engine.artifact}": _value(engine, demand, load_s, now)
+        f"{room.state.worker}/{engine.artifact}": _value(engine, demand, load_s, now, losses)
         for room in rooms
         for engine in room.state.engines
     }
     actions: list[Action] = []
     blocked: dict[str, str] = {}
-    context = _Pass(rooms, specs, pinned, demand, values, held_back, policy, now)
+    context = _Pass(rooms, specs, pinned, demand, values, held_back, policy, now, load_s, forecast, losses)
     for artifact, reason in _needs(context):  # 1
         blocked.update(context.place(artifact, reason, actions))
     for artifact in _short_of_slots(context):  # 2
@@ -142,7 +184,9 @@ def plan(
                 if not context.place(artifact, "warm_start", actions, only=room):
                     break
     actions += _idle(context)  # 5
-    return Plan(tuple(actions), values, blocked)
+    if forecast is not None and forecast.prefetch:
+        _exchange(context, forecast, actions)  # 6
+    return Plan(tuple(actions), values, blocked, losses)
 
 
 def _room(worker: m.WorkerState, pending: Sequence[Pending]) -> _Room:
@@ -173,14 +217,21 @@ class _Pass:
     held_back: frozenset[tuple[str, str]]
     policy: m.Policy
     now: float
+    load_s: Mapping[str, float]
+    forecast: Forecast | None
+    losses: Mapping[str, float]
 
     def place(self, artifact: str, reason: str, actions: list[Action], only: _Room | None = None) -> dict[str, str]:
         """4: put the artifact on the worker where that costs least; what stands in the way, if it cannot be."""
         spec = self.specs[artifact]
         choices: list[tuple[float, int, str, _Room, tuple[m.EngineState, ...]]] = []
-        for room in [only] if only else self.rooms:
-            if artifact in room.holds or (room.state.worker, artifact) in self.held_back:
-                continue
+        rooms = [
+            room
+            for room in ([only] if only else self.rooms)
+            if artifact not in room.holds and (room.state.worker, artifact) not in self.held_back
+        ]
+        # Free memory costs nothing, so nothing beats it: with some, no victims need be compared.
+        for room in [r for r in rooms if r.free >= spec.footprint_bytes] or rooms:
             victims = self._victims(room, spec.footprint_bytes, artifact, reason)
             if victims is not None:
                 price = sum(self.values[f"{room.state.worker}/{v.artifact}"] * v.footprint_bytes for v in victims)
@@ -188,19 +239,25 @@ class _Pass:
         if not choices:
             return {artifact: self._obstacle(spec)}
         _, _, _, room, victims = min(choices, key=lambda c: (c[0], c[1], -c[3].free, c[2]))
+        self.carry_out(room, artifact, reason, victims, actions)
+        return {}
+
+    def carry_out(
+        self, room: _Room, artifact: str, reason: str, victims: Sequence[m.EngineState], actions: list[Action]
+    ) -> None:
+        """Note the actions, and the room as it will be."""
         for victim in victims:
             actions.append(Action("evict", room.state.worker, victim.artifact, f"make_room_for:{artifact}"))
             room.free += victim.footprint_bytes
             room.holds.discard(victim.artifact)
             room.leaving.add(victim.artifact)
         actions.append(Action("load", room.state.worker, artifact, reason, tuple(v.artifact for v in victims)))
-        room.free -= spec.footprint_bytes
+        room.free -= self.specs[artifact].footprint_bytes
         if room.free < 0:  # the rest comes from evictions under way, which the load waits for
             room.coming += room.free
             room.free = 0
         room.holds.add(artifact)
         room.untouched = False
-        return {}
 
     def _victims(self, room: _Room, needed: int, artifact: str, reason: str) -> tuple[m.EngineState, ...] | None:
         """The cheapest set of engines to evict so that `needed` bytes are free; None when there is none."""
@@ -214,7 +271,18 @@ class _Pass:
             return None
         since = self.demand.get(artifact, Demand()).waiting_since
         starved = reason == "demand" and since is not None and self.now - since > self.policy.max_wait_s
-        allowed = [e for e in room.state.engines if self._may_go(e, room, starved)]
+        if self.forecast is not None and reason == "demand":
+            # Rent or buy: each victim may leave once those who wait have waited as long as its absence costs others.
+            rented = self.demand[artifact].waiting * (self.now - since) / 2.0 if since is not None else 0.0
+            patience = self.forecast.patience
+            allowed = [
+                e
+                for e in room.state.engines
+                if self._may_go(e, room, starved=True)
+                and (starved or rented >= patience * self._absence_cost(e, artifact))
+            ]
+        else:
+            allowed = [e for e in room.state.engines if self._may_go(e, room, starved)]
         best: tuple[float, tuple[m.EngineState, ...]] | None = None
         for size in range(1, min(len(allowed), 4) + 1):
             for chosen in itertools.combinations(allowed, size):
@@ -226,6 +294,17 @@ class _Pass:
             if best is not None:
                 break
         return best[1] if best else None
+
+    def _absence_cost(self, engine: m.EngineState, artifact: str) -> float:
+        """Seconds that queries for the engine's artifact will wait, all together, while `artifact` takes its place."""
+        holders = sum(engine.artifact in room.holds for room in self.rooms)
+        if holders > 1:
+            return 0.0
+        absent = self.load_s.get(artifact, 1.0) + self.load_s.get(engine.artifact, 1.0) + self.policy.min_residence_s
+        if self.forecast is not None and self.forecast.second_cost:
+            return self.losses.get(engine.artifact, 0.0) * absent / self.forecast.second_cost
+        rate = decayed_rate(self.demand.get(engine.artifact, Demand()), self.now)
+        return rate * absent * absent / 2.0
 
     def _may_go(self, engine: m.EngineState, room: _Room, starved: bool) -> bool:
         if engine.state != "ready" or engine.artifact in room.leaving or engine.artifact in self.pinned:
@@ -285,9 +364,148 @@ def _idle(context: _Pass) -> list[Action]:
     ]
 
 
-def _value(engine: m.EngineState, demand: Mapping[str, Demand], load_s: Mapping[str, float], now: float) -> float:
-    """Seconds of loading saved per second and gigabyte, with recency to tell unused engines apart."""
-    rate = decayed_rate(demand.get(engine.artifact, Demand()), now)
+@dataclass(frozen=True)
+class Swap:
+    """What routing has to know of an artifact that would have to be loaded: arguments of `scoring.Fleet.set_state`."""
+
+    delay_s: float
+    burden: float
+    sharing: float
+
+
+def swap(*, cost: float, rate: float, waiting: int, waited_s: float, forecast: Forecast, max_wait_s: float) -> Swap:
+    """How queries for an absent artifact will be grouped, and what each will have to answer for.
+
+    With arrivals at `rate` and a load that costs others `cost` (utility), waiting T before each load costs
+    (cost + rate T^2 / 2 x second_cost) / T a second, which is least at T = sqrt(2 cost / (rate second_cost)): the
+    square-root law of lot sizes (Harris, 1913). `waited_s`: how long the oldest has waited already.
+    """
+    if not forecast.second_cost or forecast.patience <= 0.0:
+        return Swap(0.0, cost, 1.0)
+    patience_s = math.sqrt(2.0 * forecast.patience * cost / (max(rate, 1e-6) * forecast.second_cost))
+    patience_s = min(patience_s, max_wait_s)
+    return Swap(max(patience_s - waited_s, 0.0), cost, max(1.0 + rate * patience_s, float(waiting)))
+
+
+def charges(
+    *,
+    workers: Sequence[m.WorkerState],
+    specs: Mapping[str, m.ArtifactSpec],
+    pinned: frozenset[str],
+    demand: Mapping[str, Demand],
+    load_s: Mapping[str, float],
+    policy: m.Policy,
+    now: float,
+    forecast: Forecast,
+) -> dict[str, Swap]:
+    """What routing has to know of each artifact that is neither resident nor coming: the least that loading it on any
+    worker costs others, who miss what makes room until it is back."""
+    rooms = [_room(worker, ()) for worker in workers if not worker.draining]
+    held = {a for room in rooms for a in room.holds}
+    losses = _losses(rooms, forecast)
+    context = _Pass(rooms, specs, pinned, demand, {}, frozenset(), policy, now, load_s, forecast, losses)
+    columns = {forecast.artifacts[a] for a in held if a in forecast.artifacts}
+    rates = wished(forecast.utilities, forecast.rates, columns)
+    cheap = heapq.nsmallest(
+        4 * CANDIDATES, rooms, key=lambda r: (sum(losses.get(a, 0.0) for a in r.holds), r.state.worker)
+    )
+    found: dict[str, Swap] = {}
+    for artifact, spec in specs.items():
+        if artifact in held or artifact not in forecast.artifacts:
+            continue
+        absent = load_s.get(artifact, 1.0) + policy.min_residence_s
+        prices = [0.0] * any(room.free >= spec.footprint_bytes for room in rooms) or [
+            sum(losses.get(v.artifact, 0.0) * (absent + load_s.get(v.artifact, 1.0)) for v in victims)
+            for room in cheap
+            if (victims := _cheapest(context, room, spec.footprint_bytes)) is not None
+        ]
+        if prices:
+            wanted = demand.get(artifact, Demand())
+            found[artifact] = swap(
+                cost=min(prices) + forecast.load_cost.get(artifact, 0.0),
+                rate=float(rates[forecast.artifacts[artifact]]), waiting=wanted.waiting,
+                waited_s=0.0 if wanted.waiting_since is None else now - wanted.waiting_since,
+                forecast=forecast, max_wait_s=policy.max_wait_s,
+            )  # fmt: skip
+    return found
+
+
+def _losses(rooms: Sequence[_Room], forecast: Forecast | None) -> dict[str, float]:
+    """Utility per second that routing would lose without each artifact that one worker alone holds."""
+    if forecast is None:
+        return {}
+    holders: dict[str, int] = {}
+    for room in rooms:
+        for artifact in room.holds:
+            holders[artifact] = holders.get(artifact, 0) + 1
+    columns = {a: forecast.artifacts[a] for a in holders if a in forecast.artifacts}
+    _, loss = worth(forecast.utilities, forecast.rates, set(columns.values()))
+    return {a: float(loss[c]) if holders[a] == 1 else 0.0 for a, c in columns.items()}
+
+
+def _exchange(context: _Pass, forecast: Forecast, actions: list[Action]) -> None:
+    """6: one load ahead of demand, on a worker where nothing else is under way."""
+    held = {forecast.artifacts[a] for room in context.rooms for a in room.holds if a in forecast.artifacts}
+    gain, _ = worth(forecast.utilities, forecast.rates, held)
+    names = {column: a for a, column in forecast.artifacts.items() if a in context.specs}
+    best: tuple[float, _Room, str, tuple[m.EngineState, ...]] | None = None
+    for column in sorted(names, key=lambda c: -gain[c])[:CANDIDATES]:
+        artifact = names[column]
+        if gain[column] <= 0.0:
+            break
+        options = []
+        for room in context.rooms:
+            if artifact in room.holds or (room.state.worker, artifact) in context.held_back or not room.quiet():
+                continue
+            victims = _cheapest(context, room, context.specs[artifact].footprint_bytes)
+            if victims is not None:
+                lost = sum(context.losses.get(v.artifact, 0.0) for v in victims)
+                options.append((lost, len(victims), room.state.worker, room, victims))
+        for _, _, _, room, victims in sorted(options, key=lambda o: o[:3])[:CANDIDATES]:
+            leaving = {
+                forecast.artifacts[v.artifact]
+                for v in victims
+                if v.artifact in forecast.artifacts and sum(v.artifact in other.holds for other in context.rooms) == 1
+            }
+            net, error = exchange(forecast.utilities, forecast.rates, held, leaving, column)
+            lost = sum(context.losses.get(v.artifact, 0.0) for v in victims)
+            price = forecast.load_cost.get(artifact, 0.0) + lost * context.load_s.get(artifact, 1.0)
+            earned = (net - forecast.noise_z * error) * forecast.trusted_s - price
+            if earned > 0.0 and (best is None or earned > best[0]):
+                best = (earned, room, artifact, victims)
+    if best is not None:
+        _, room, artifact, victims = best
+        context.carry_out(room, artifact, "prefetch", victims, actions)
+
+
+def _cheapest(context: _Pass, room: _Room, needed: int) -> tuple[m.EngineState, ...] | None:
+    """What routing would miss least, until `needed` bytes are free; drained first, so work in hand does not protect."""
+    missing = needed - room.free
+    chosen: list[m.EngineState] = []
+    if missing > 0:
+        allowed = [e for e in room.state.engines if context._may_go(e, room, starved=True)]
+        for engine in sorted(
+            allowed, key=lambda e: (context.losses.get(e.artifact, 0.0) / e.footprint_bytes, e.artifact)
+        ):
+            chosen.append(engine)
+            missing -= engine.footprint_bytes
+            if missing <= 0:
+                break
+    return tuple(chosen) if missing <= 0 else None
+
+
+def _value(
+    engine: m.EngineState,
+    demand: Mapping[str, Demand],
+    load_s: Mapping[str, float],
+    now: float,
+    losses: Mapping[str, float],
+) -> float:
+    """Seconds of loading saved per second and gigabyte, with recency to tell unused engines apart; with a forecast,
+    utility saved per second and gigabyte."""
     recency = 1e-6 / (1.0 + max(now - max(engine.last_used_at, engine.loaded_at), 0.0))
     gigabytes = max(engine.footprint_bytes, 1) / 1e9
+    if engine.artifact in losses:
+        return (losses[engine.artifact] + recency) / gigabytes
+    rate = decayed_rate(demand.get(engine.artifact, Demand()), now)
     return (rate + recency) * max(load_s.get(engine.artifact, 1.0), 0.1) / gigabytes

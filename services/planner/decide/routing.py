@@ -5,9 +5,11 @@ The decision, in order (the numbers stand in the code too):
 1. A card the query did not allow, excluded, or whose tags do not fit, is out.
 2. A card whose context cannot hold the prompt is out.
 3. A card that no worker could ever hold is out.
-4. Quality, latency and energy are predicted on the best worker for the card.
+4. Quality, latency and energy are predicted on the best worker for the card (`scoring`), one that keeps the limits
+   if there is any.
 5. A card that breaks the query's own limits (quality, latency, energy, deadline) is out.
-6. The rest is ordered by utility U = w_q q - w_l f(L / SLO) - w_e E / E_ref; the order is the fallback order.
+6. The rest is ordered by utility U = w_q q - w_l f(L / SLO) - w_e E / E_ref - what it costs others; the order is
+   the fallback order.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.planner.decide import cost, quality
+import numpy as np
+
+from services.planner.decide import scoring
+from services.planner.decide.scoring import Limits, Scores, latency_penalty
+from services.planner.decide.standing import Predictor, Standing, Standings
 from shared import messages as m
 from shared.errors import CalmError, ContextExceeded, NoFeasibleModel
 
@@ -32,19 +38,19 @@ class State:
     waiting: Mapping[str, int] = field(default_factory=dict)
     """Queries waiting or running, by artifact."""
     planner: str = ""
+    charges: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """What loading an artifact costs others: (burden, delay_s, sharing), told by the residency planner."""
+    predictor: Predictor | None = None
+    """Learned quality; the cards' own scores without it."""
+    standings: Standings = field(default_factory=Standings)
+    """Arrays kept between decisions; a fresh one only costs time."""
 
 
 def decide(analyzed: m.Analyzed, state: State, now: float) -> m.Route:
     """Choose. The route's `order` is empty when no candidate stands; `refusal` then says why."""
     query = analyzed.accepted.query
     weights = weights_of(query.preference, state.policy)
-    costs = {(a.artifact, a.device_class): a for a in state.qos.artifacts}
-    cards = {c.card: c for c in state.qos.cards}
-    left_s = analyzed.accepted.deadline_at - now
-    candidates = [
-        _candidate(card, analyzed, state, weights, costs, cards.get(card.name), left_s)
-        for card in sorted(state.cards.values(), key=lambda c: c.name)
-    ]
+    candidates = _candidates(analyzed, state, weights, now)
     standing = sorted((c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card))
     reason = _reason(query, standing, candidates)
     best = standing[0] if standing else None
@@ -90,11 +96,6 @@ def weights_of(preference: m.Preference, policy: m.Policy) -> dict[str, float]:
     }
 
 
-def latency_penalty(ratio: float) -> float:
-    """f(L / SLO): 0 at 0, 1 at the objective, growing ever more slowly beyond it."""
-    return math.log1p(max(ratio, 0.0)) / math.log(2.0)
-
-
 def utility(q: float, latency_s: float, energy_j: float, weights: Mapping[str, float], policy: m.Policy) -> float:
     """U = w_q q - w_l f(L / SLO) - w_e E / E_ref: monotone in quality, antitone in latency and energy."""
     return (
@@ -104,72 +105,115 @@ def utility(q: float, latency_s: float, energy_j: float, weights: Mapping[str, f
     )
 
 
-def _candidate(
-    card: m.Card,
-    analyzed: m.Analyzed,
-    state: State,
-    weights: Mapping[str, float],
-    costs: Mapping[tuple[str, str], m.ArtifactQos],
-    card_qos: m.CardQos | None,
+@dataclass(frozen=True)
+class _Weights:
+    """A policy with the query's own preference."""
+
+    w_quality: float
+    w_latency: float
+    w_energy: float
+    latency_slo_s: float
+    energy_ref_j: float
+
+
+def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float) -> list[m.Candidate]:
+    query, profile, policy = analyzed.accepted.query, analyzed.profile, state.policy
+    standing = state.standings.of(state.cards, state.workers, state.qos)
+    cards = standing.cards
+    in_of = {spec.model: profile.tokens_in.get(spec.model, profile.prompt_chars // 4) for spec in standing.specs}
+    tokens_in = np.array([in_of[card.artifact.model] for card in cards], np.float64)
+    expected = np.where(np.isnan(standing.tokens_mean), profile.tokens_out, standing.tokens_mean)
+    room = np.maximum(standing.context - tokens_in, 0.0)
+    tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
+    q, terms = standing.prior.predict(profile) if state.predictor is None else state.predictor(analyzed, cards)  # 4
+    if not state.workers or all(w.draining for w in state.workers):
+        scores = None
+    else:
+        standing.update(
+            state.workers, state.waiting, float(tokens_in.mean()), float(tokens_out.mean()), state.charges
+        )  # fmt: skip
+        limits = query.constraints
+        scores = scoring.score(
+            standing.fleet, standing.artifact_of, q, tokens_in, tokens_out,
+            _Weights(weights["w_q"], weights["w_l"], weights["w_e"], policy.latency_slo_s, policy.energy_ref_j),
+            Limits(
+                max_latency_s=math.inf if limits.max_latency_s is None else limits.max_latency_s,
+                max_energy_j=math.inf if limits.max_energy_j is None else limits.max_energy_j,
+                left_s=analyzed.accepted.deadline_at - now,
+            ),
+        )  # fmt: skip
+    outside = _outside(query, standing, tokens_in)
+    left_s = analyzed.accepted.deadline_at - now
+    return _explain(
+        query, standing, outside, q.tolist(), terms, scores, tokens_in.tolist(), tokens_out.tolist(), left_s
+    )
+
+
+def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> list[str | None]:
+    """1 to 3: why a card cannot be considered at all."""
+    short = (tokens_in + 1 > standing.context).tolist()
+    fits = standing.fits_somewhere.tolist()
+    limits = query.constraints
+    anything = query.model is None and limits.models is None and not limits.exclude and not limits.tags
+    return [
+        (None if anything else _not_allowed(card, query))
+        or ("context_exceeded" if short[k] else None)
+        or (None if fits[k] else "does_not_fit")
+        for k, card in enumerate(standing.cards)
+    ]
+
+
+def _explain(
+    query: m.Query,
+    standing: Standing,
+    outside: Sequence[str | None],
+    q: Sequence[float],
+    terms: Sequence[Mapping[str, float]],
+    scores: Scores | None,
+    tokens_in: Sequence[float],
+    tokens_out: Sequence[float],
     left_s: float,
-) -> m.Candidate:
-    query, profile, spec = analyzed.accepted.query, analyzed.profile, card.artifact
-    tokens_in = profile.tokens_in.get(spec.model, profile.prompt_chars // 4)
-    excluded = (
-        _not_allowed(card, query)  # 1
-        or ("context_exceeded" if tokens_in + 1 > spec.context else None)  # 2
-        or (None if any(w.budget_bytes >= spec.footprint_bytes for w in state.workers) else "does_not_fit")  # 3
-    )
-    if excluded:
-        return m.Candidate(card=card.name, artifact=spec.name, excluded=excluded)
-    expected = card_qos.tokens_out_mean if card_qos and card_qos.answered >= 5 else profile.tokens_out
-    tokens_out = min(expected, query.max_tokens or card.max_tokens, spec.context - tokens_in)
-    q, terms = quality.predict(card, profile, card_qos)  # 4
-    options = [
-        cost.estimate(
-            spec, worker,
-            cost.unit_costs(spec, worker.device, costs.get((spec.name, worker.device.device_class))),
-            tokens_in=tokens_in, tokens_out=tokens_out, waiting=_share(spec.name, worker, state),
+) -> list[m.Candidate]:
+    """Candidates with every term, from the arrays of the decision."""
+    cards, names = standing.cards, standing.workers
+    if scores is None:
+        return [
+            m.Candidate(card=c.name, artifact=c.artifact.name, excluded=outside[k] or "no_worker",
+                        quality=0.0 if outside[k] else q[k])
+            for k, c in enumerate(cards)
+        ]  # fmt: skip
+    columns = [
+        getattr(scores, name).tolist()
+        for name in (
+            "utility", "worker", "latency_s", "energy_j", "queue_s", "load_s", "prefill_s", "decode_s", "active_j",
+            "load_j", "u_quality", "u_latency", "u_energy", "u_crowding", "u_burden",
         )
-        for worker in state.workers
-        if worker.budget_bytes >= spec.footprint_bytes and not worker.draining
     ]  # fmt: skip
-    if not options:
-        return m.Candidate(card=card.name, artifact=spec.name, excluded="no_worker", quality=q)
-    best = min(options, key=lambda e: (e.latency_s, e.energy_j, e.worker))
-    value = utility(q, best.latency_s, best.energy_j, weights, state.policy)
-    return m.Candidate(
-        card=card.name,
-        artifact=spec.name,
-        worker=best.worker,
-        excluded=_over_limit(query.constraints, q, best, left_s),  # 5
-        quality=q,
-        latency_s=best.latency_s,
-        energy_j=best.energy_j,
-        utility=value,
-        terms={
-            **terms,
-            "tokens_in": float(tokens_in),
-            "tokens_out": float(tokens_out),
-            "queue_s": best.queue_s,
-            "load_s": best.load_s,
-            "prefill_s": best.prefill_s,
-            "decode_s": best.decode_s,
-            "active_j": best.active_j,
-            "load_j": best.load_j,
-            "u_quality": weights["w_q"] * q,
-            "u_latency": -weights["w_l"] * latency_penalty(best.latency_s / state.policy.latency_slo_s),
-            "u_energy": -weights["w_e"] * best.energy_j / state.policy.energy_ref_j,
-        },
-    )
-
-
-def _share(artifact: str, worker: m.WorkerState, state: State) -> int:
-    """Queries of the artifact that this worker will have before the new one: all of them, over its holders."""
-    holders = [w.worker for w in state.workers for e in w.engines if e.artifact == artifact and e.state == "ready"]
-    if holders and worker.worker not in holders:
-        return 0
-    return state.waiting.get(artifact, 0) // max(len(holders), 1)
+    result = []
+    for k, row in enumerate(zip(*columns, strict=True)):
+        card, excluded = cards[k], outside[k]
+        if excluded:
+            result.append(m.Candidate(card=card.name, artifact=card.artifact.name, excluded=excluded))
+            continue
+        (u, worker, latency, energy, queue, load, prefill, decode, active_j, load_j,
+         u_quality, u_latency, u_energy, u_crowding, u_burden) = row  # fmt: skip
+        if u == -math.inf:
+            result.append(m.Candidate(card=card.name, artifact=card.artifact.name, excluded="no_worker", quality=q[k]))
+            continue
+        result.append(
+            m.Candidate(
+                card=card.name, artifact=card.artifact.name, worker=names[worker],
+                excluded=_over_limit(query.constraints, q[k], latency, energy, load + prefill, left_s),  # 5
+                quality=q[k], latency_s=latency, energy_j=energy, utility=u,
+                terms={
+                    **terms[k], "tokens_in": tokens_in[k], "tokens_out": tokens_out[k], "queue_s": queue,
+                    "load_s": load, "prefill_s": prefill, "decode_s": decode, "active_j": active_j, "load_j": load_j,
+                    "u_quality": u_quality, "u_latency": u_latency, "u_energy": u_energy,
+                    "u_crowding": u_crowding, "u_burden": u_burden,
+                },
+            )
+        )  # fmt: skip
+    return result
 
 
 def _not_allowed(card: m.Card, query: m.Query) -> str | None:
@@ -185,14 +229,16 @@ def _not_allowed(card: m.Card, query: m.Query) -> str | None:
     return None
 
 
-def _over_limit(limits: m.Constraints, q: float, costs: cost.Estimate, left_s: float) -> str | None:
+def _over_limit(
+    limits: m.Constraints, q: float, latency_s: float, energy_j: float, first_s: float, left_s: float
+) -> str | None:
     if limits.min_quality is not None and q < limits.min_quality:
         return "below_min_quality"
-    if limits.max_latency_s is not None and costs.latency_s > limits.max_latency_s:
+    if limits.max_latency_s is not None and latency_s > limits.max_latency_s:
         return "over_max_latency"
-    if limits.max_energy_j is not None and costs.energy_j > limits.max_energy_j:
+    if limits.max_energy_j is not None and energy_j > limits.max_energy_j:
         return "over_max_energy"
-    if costs.load_s + costs.prefill_s > left_s:
+    if first_s > left_s:
         return "misses_deadline"
     return None
 

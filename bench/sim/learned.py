@@ -1,0 +1,89 @@
+"""What our models learn from one outcomes folder and say about another.
+
+learned = learn(load_outcomes(a), load_outcomes(b), embed(a.prompts), embed(b.prompts))
+learned.judge.quality      # [judge, k]: expected score of every model
+plan = plan_for(learned.cascade(columns), learned.judge, columns, cost)   # whom to ask first and next
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.sim.data import Outcomes
+from services.planner.decide.learn import features as text
+from services.planner.decide.learn.cascade import Cascade, Plan
+from services.planner.decide.learn.length import LengthModel
+from services.planner.decide.learn.quality import QualityModel
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Predictions for n queries, [n, k] each."""
+
+    quality: Array
+    answers: Array
+    """Chance that an answer can be read."""
+    tokens_out: Array
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Predictions for the folder to judge, and for the folder learned from by models that have not seen the query."""
+
+    learn: Outcomes
+    own: Side
+    judge: Side
+    quality_std: Array
+    """[judge, k], of the expectation."""
+
+    def cascade(self, columns: Sequence[int], *, compare: bool = True) -> Cascade:
+        """Chances after what can be heard from these models."""
+        c, outcomes = list(columns), self.learn
+        return Cascade.fit(
+            self.own.quality[:, c], outcomes.score[:, c].astype(np.float64),
+            None if outcomes.answered is None else outcomes.answered[:, c],
+            None if outcomes.answer is None or not compare else outcomes.answer[:, c],
+        )  # fmt: skip
+
+
+def features(embeddings: Array, outcomes: Outcomes, like: Outcomes) -> Array:
+    """[n, d]: embeddings beside facts about the text, standardised as they are among the prompts of `like`."""
+    reference = text.forms(like.prompts).astype(np.float64)
+    own = reference if outcomes is like else text.forms(outcomes.prompts).astype(np.float64)
+    scaled = (own - reference.mean(0)) / np.maximum(reference.std(0), 1e-6)
+    return np.hstack([embeddings, np.clip(scaled, -5.0, 5.0) * text.FORM_WEIGHT])
+
+
+def learn(learn: Outcomes, judge: Outcomes, embeddings_learn: Array, embeddings_judge: Array) -> Learned:
+    """Fit quality, readability and length on `learn` and predict for `judge`; models in the order of `learn`."""
+    x, wanted = features(embeddings_learn, learn, learn), features(embeddings_judge, judge, learn)
+    quality, own_quality = QualityModel.fit(learn.models, x, learn.score.astype(np.float64), learn.categories)
+    length, own_tokens = LengthModel.fit(learn.models, x, learn.tokens_out.astype(np.float64), learn.categories)
+    shape = (len(judge), len(learn.models))
+    answers, own_answers = np.ones(shape), np.ones(learn.score.shape)
+    if learn.answered is not None:
+        known = np.where(np.isnan(learn.score), np.nan, learn.answered.astype(np.float64))
+        readable, own = QualityModel.fit(learn.models, x, known, learn.categories)
+        answers, own_answers = np.clip(readable.predict(wanted).mean, 0.0, 1.0), np.clip(own, 0.0, 1.0)
+    said = quality.predict(wanted)
+    return Learned(
+        learn,
+        Side(own_quality, own_answers, own_tokens),
+        Side(said.mean, answers, length.predict(wanted).mean),
+        said.std,
+    )
+
+
+def plan_for(
+    cascade: Cascade, side: Side, columns: Sequence[int], cost: Array, *, compare: bool = True, retry: bool = True
+) -> Plan:
+    """The plan over the models at `columns`; `cost` [n, len(columns)] in units of score."""
+    c = list(columns)
+    return cascade.plan(side.quality[:, c], side.answers[:, c], cost, compare=compare, retry=retry)

@@ -1,0 +1,118 @@
+"""What a query is about, in few soft shares: the bottleneck through which quality is learned.
+
+A few thousand outcomes cannot say much about 400 features; they can about a dozen topics. Where the recorded queries
+name their categories, a ridge classifier on the features gives the shares, its logits taken at the temperature under
+which held-out categories are most probable (Guo et al. 2017). Where they do not, topics are clusters of the features:
+k-means from a deterministic start (bisection along principal directions; Boley 1998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.planner.decide.learn import linear
+
+Array = NDArray[np.float64]
+
+CLUSTERS = 8
+"""Topics where no categories are known. More split few outcomes too finely: after 600 outcomes of chosen models,
+8 clusters route better than 4, 12 or 16 (docs/decision-model.md, Online learning)."""
+TEMPERATURES = np.geomspace(0.03, 1.0, 16)
+_ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Topics:
+    """`softmax(((x - centre) @ weights + level) / temperature)`, less its mean, behind a constant 1."""
+
+    centre: Array
+    """[d]"""
+    weights: Array
+    """[d, t]"""
+    level: Array
+    """[t]"""
+    temperature: float
+    mean: Array
+    """[t]: shares of the topics among the queries that this was made from."""
+
+    @property
+    def size(self) -> int:
+        """Entries of what `encode` gives."""
+        return len(self.level) + 1
+
+    def shares(self, x: NDArray[Any]) -> Array:
+        """[n, d] to [n, t], each row adding up to 1."""
+        return linear.softmax(((x - self.centre) @ self.weights + self.level) / self.temperature)
+
+    def encode(self, x: NDArray[Any]) -> Array:
+        """Features of the topics: [n, d] to [n, 1 + t]."""
+        return _centred(self.shares(x), self.mean)
+
+
+def supervised(x: NDArray[Any], categories: Sequence[str | None]) -> tuple[Topics, Array]:
+    """Topics that are the categories, and the encoding of each row by a fit that has not seen it [n, 1 + t]."""
+    names = sorted({c for c in categories if c})
+    index = {name: i for i, name in enumerate(names)}
+    known = np.array([bool(c) for c in categories])
+    target = np.zeros((len(categories), len(names)))
+    for row, category in enumerate(categories):
+        if category:
+            target[row, index[category]] = 1.0
+    target[~known] = np.nan
+    found = linear.fit(x, target)
+    losses = []
+    truth = np.array([index[c] for c in categories if c])
+    for temperature in TEMPERATURES:
+        share = linear.softmax(found.own[known] / temperature)
+        losses.append(-np.log(np.maximum(share[np.arange(len(truth)), truth], 1e-9)).mean())
+    temperature = float(TEMPERATURES[int(np.argmin(losses))])
+    own = linear.softmax(found.own / temperature)
+    topics = Topics(found.centre, found.weights, found.level, temperature, own.mean(0))
+    return topics, _centred(own, topics.mean)
+
+
+def clusters(x: NDArray[Any], count: int = CLUSTERS) -> Topics:
+    """Topics that are clusters of the features."""
+    x = np.asarray(x, np.float64)
+    centre = x.mean(0)
+    y = x - centre
+    middles = _bisected(y, min(count, len(y)))
+    for _ in range(_ROUNDS):
+        nearest = (2.0 * y @ middles.T - (middles**2).sum(1)).argmax(1)
+        middles = np.stack(
+            [y[nearest == j].mean(0) if (nearest == j).any() else middles[j] for j in range(len(middles))]
+        )
+    nearest = (2.0 * y @ middles.T - (middles**2).sum(1)).argmax(1)
+    spread = float(((y - middles[nearest]) ** 2).sum(1).mean())
+    topics = Topics(centre, 2.0 * middles.T, -(middles**2).sum(1), max(0.2 * spread, 1e-6), np.zeros(len(middles)))
+    return Topics(topics.centre, topics.weights, topics.level, topics.temperature, topics.shares(x).mean(0))
+
+
+def _bisected(y: Array, count: int) -> Array:
+    """Means [count, d] of the parts got by halving the part with the most variance, again and again."""
+    parts = [y]
+    while len(parts) < count:
+        widest = max(
+            range(len(parts)), key=lambda j: ((parts[j] - parts[j].mean(0)) ** 2).sum() if len(parts[j]) > 1 else -1.0
+        )
+        part = parts.pop(widest)
+        if len(part) < 2:
+            parts.append(part)
+            break
+        off = part - part.mean(0)
+        direction = np.linalg.eigh(off.T @ off)[1][:, -1]
+        above = off @ direction > np.median(off @ direction)
+        if above.all() or not above.any():
+            parts.append(part)
+            break
+        parts += [part[above], part[~above]]
+    return np.stack([part.mean(0) for part in parts])
+
+
+def _centred(shares: Array, mean: Array) -> Array:
+    return np.concatenate([np.ones((len(shares), 1)), shares - mean], axis=1)

@@ -1,0 +1,140 @@
+"""The fleet as arrays: what `scoring` needs, from cards, workers and learned costs. Pure, and kept between decisions.
+
+What changes seldom (unit costs, quality by domain) is built once for each set of cards, workers and QoS figures and
+then reused; what changes with every query (resident, active, waiting) is written anew, which takes a few array
+operations however large the fleet is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.planner.decide import cost, quality
+from services.planner.decide.scoring import Costs, Fleet
+from shared import messages as m
+
+Array = NDArray[Any]
+
+
+class Standing:
+    """Arrays for one set of cards, workers and QoS figures. Not shared between threads."""
+
+    def __init__(self, cards: Sequence[m.Card], workers: Sequence[m.WorkerState], qos: m.Qos) -> None:
+        self.cards = tuple(cards)
+        self.workers = tuple(w.worker for w in workers)
+        specs = {card.artifact.name: card.artifact for card in cards}
+        self.specs = tuple(specs.values())
+        self.row = {name: i for i, name in enumerate(specs)}
+        self.artifact_of = np.array([self.row[card.artifact.name] for card in cards], np.intp)
+        self.prior = quality.Prior(cards, qos)
+        self.context = np.array([card.artifact.context for card in cards])
+        self.most_tokens = np.array([card.max_tokens for card in cards], np.float64)
+        answered = {c.card: c for c in qos.cards if c.answered >= 5}
+        self.tokens_mean = np.array(
+            [answered[card.name].tokens_out_mean if card.name in answered else np.nan for card in cards]
+        )
+        budgets = np.array([w.budget_bytes for w in workers], np.float64)
+        footprint = np.array([spec.footprint_bytes for spec in self.specs], np.float64)
+        fits = np.less_equal.outer(footprint, budgets)
+        self.fits_somewhere = np.asarray(fits.any(axis=1))[self.artifact_of] if len(workers) else np.zeros(len(cards), bool)
+        self.fleet = Fleet(
+            tuple(specs), self.workers, self._costs(workers, qos), [spec.slots for spec in self.specs], fits,
+            shared=(False,) * len(workers), crowding=len(workers) > 0,
+        )  # fmt: skip
+
+    def _costs(self, workers: Sequence[m.WorkerState], qos: m.Qos) -> Costs:
+        learned = {(a.artifact, a.device_class): a for a in qos.artifacts}
+        classes: dict[str, list[float]] = {}
+        names = [w.device.device_class for w in workers]
+        for worker, name in zip(workers, names, strict=True):
+            if name not in classes:
+                classes[name] = [
+                    x
+                    for spec in self.specs
+                    for u in (cost.unit_costs(spec, worker.device, learned.get((spec.name, name))),)
+                    for x in (u.prefill_s, u.tpot_s, u.load_s, u.prefill_j, u.decode_j, u.load_j)
+                ]
+        table = np.array([classes[name] for name in names], np.float64).reshape(len(names), len(self.specs), 6)
+        prefill, tpot, load, prefill_j, decode_j, load_j = (np.ascontiguousarray(table[:, :, i].T) for i in range(6))
+        return Costs(prefill, tpot, np.full(tpot.shape, cost.BATCH_SLOPE), load, prefill_j, decode_j, load_j)
+
+    def update(
+        self,
+        workers: Sequence[m.WorkerState],
+        waiting: Mapping[str, int],
+        tokens_in: float,
+        tokens_out: float,
+        charges: Mapping[str, tuple[float, float, float]],
+    ) -> None:
+        """Write how things stand now.
+
+        Args:
+            workers: in the order given at construction.
+            waiting: queries waiting or running, by artifact.
+            tokens_in, tokens_out: of the query; those before it in a queue are taken to be alike.
+            charges: (burden, delay_s, sharing) of loading an artifact, for those that have any.
+        """
+        fleet, shape = self.fleet, (len(self.specs), len(workers))
+        ready, coming = np.zeros(shape, bool), np.zeros(shape, bool)
+        active, queued = np.zeros(shape), np.zeros(shape)
+        holders: dict[int, list[int]] = {}
+        for w, worker in enumerate(workers):
+            for engine in worker.engines:
+                row = self.row.get(engine.artifact)
+                if row is None:
+                    continue
+                if engine.state == "ready":
+                    ready[row, w] = True
+                    holders.setdefault(row, []).append(w)
+                elif engine.state == "loading":
+                    coming[row, w] = True
+                active[row, w] = engine.active
+        for artifact, count in waiting.items():
+            row = self.row.get(artifact)
+            if row is None or not count:
+                continue
+            mine = holders.get(row)
+            if mine:
+                queued[row, mine] = np.maximum(count // len(mine) - active[row, mine], 0.0)
+            else:
+                queued[row] = np.maximum(count - active[row], 0.0)
+        fleet.service_tokens[:] = (tokens_in, tokens_out)
+        fleet.set_all(ready=ready, coming=coming, active=active, waiting=queued)
+        for w, worker in enumerate(workers):
+            if worker.draining:
+                fleet.burden[:, w] = np.inf
+        for artifact, (burden, delay_s, sharing) in charges.items():
+            if artifact in self.row:
+                fleet.charge(self.row[artifact], burden, delay_s, max(sharing, 1.0))
+
+
+class Standings:
+    """Keeps the latest `Standing` for as long as cards, workers and QoS figures stay the same objects."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._kept: tuple[Any, ...] = ()
+        self._standing: Standing | None = None
+
+    def of(self, cards: Mapping[str, m.Card], workers: Sequence[m.WorkerState], qos: m.Qos) -> Standing:
+        """The arrays for these; built when something of them is new."""
+        fleet = tuple((w.worker, w.budget_bytes, w.device.kind, w.device.name, w.device.threads) for w in workers)
+        key = (tuple(map(id, cards.values())), fleet, id(qos))
+        if self._standing is None or key != self._key:
+            ordered = sorted(cards.values(), key=_by_name)
+            self._standing = Standing(ordered, workers, qos)
+            # The objects are kept so that no new one can take over the identity of one in the key.
+            self._key, self._kept = key, (tuple(cards.values()), qos)
+        return self._standing
+
+
+def _by_name(card: m.Card) -> str:
+    return card.name
+
+
+Predictor = Callable[[m.Analyzed, Sequence[m.Card]], tuple[Array, list[dict[str, float]]]]
+"""Learned quality in place of the prior: (query, cards) -> ([k] quality, terms of each card)."""

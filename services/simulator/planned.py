@@ -1,0 +1,192 @@
+"""The planner's own residency (`services.planner.decide.residency`) at work in a simulation, and the same with
+knowledge of the future, which is the offline bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.planner.decide import residency
+from services.planner.decide.outlook import Outlook
+from services.planner.decide.residency import Demand, Forecast, Pending, Swap
+from services.planner.decide.scoring import LN2, Weights
+from services.simulator.engine import DRAINING, LOADING, READY, Simulation, warm_start
+from services.simulator.fleet import SimFleet
+from shared import messages as m
+
+Array = NDArray[Any]
+STATES: dict[int, Literal["loading", "ready", "draining"]] = {LOADING: "loading", READY: "ready", DRAINING: "draining"}
+TYPICAL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the planned residency may use. `min_residence_s` and `max_wait_s` are those of `shared.messages.Policy`."""
+
+    prefetch: bool = True
+    patience: float = 0.6
+    """Grouping of queries that wait: `residency.Forecast.patience`."""
+    burden: bool = True
+    """Routing is told what a load would cost others."""
+    hysteresis: bool = True
+    min_residence_s: float = 10.0
+    max_wait_s: float = 60.0
+    tick_s: float = 2.0
+    foresight_s: float = 0.0
+    """If not 0, the forecast is the queries that will come in this time: clairvoyant."""
+
+
+def warm_utilities(fleet: SimFleet, quality: Array, tokens_in: Array, tokens_out: Array, weights: Weights) -> Array:
+    """[n, m] utility of each model for each query, were it resident and moderately busy."""
+    costs = fleet.costs()
+    best = np.argmax(fleet.fits, axis=1)
+    rows = np.arange(len(best))
+    step = costs.tpot_s[rows, best] * (1.0 + costs.slope[rows, best] * (TYPICAL_BATCH - 1))
+    latency = np.asarray(tokens_in)[:, None] * costs.prefill_s[rows, best] + tokens_out * step
+    energy = np.asarray(tokens_in)[:, None] * costs.prefill_j[rows, best] + tokens_out * costs.decode_j[rows, best]
+    return np.asarray(
+        quality * weights.w_quality
+        - np.log1p(latency / weights.latency_slo_s) * (weights.w_latency / LN2)
+        - energy * (weights.w_energy / weights.energy_ref_j)
+    )
+
+
+class Planned:
+    """Residency by `residency.plan`, with a forecast from the queries routed so far."""
+
+    def __init__(
+        self,
+        utilities: Callable[[int, int], Array],
+        load_cost: Sequence[float],
+        arrival_s: Array,
+        *,
+        order: Sequence[int] | None = None,
+        choices: Array | None = None,
+        second_cost: float = 0.0,
+        options: Options | None = None,
+    ) -> None:
+        """
+        Args:
+            utilities: (query, chosen model) -> [m] row for the outlook.
+            load_cost: [m] utility that a load costs by itself.
+            arrival_s: [n], for the clairvoyant only.
+            order: preference for the memory at the start.
+            choices: [n] models that a blind router will choose, for the clairvoyant only.
+            second_cost: utility that a second of waiting costs, 0 for a blind router.
+            options: see there.
+        """
+        self.options = options or Options()
+        self.tick_s = self.options.tick_s
+        self._utilities = utilities
+        self._load_cost = load_cost
+        self._arrival_s = arrival_s
+        self._order = order
+        self._choices = choices
+        self._second_cost = second_cost
+        self._demand: dict[str, Demand] = {}
+        self._charges: dict[str, Swap] = {}
+
+    def start(self, sim: Simulation) -> None:
+        fleet = sim.fleet
+        self._specs = {
+            name: m.ArtifactSpec(
+                name=name, model=name, variant="x", weights_bytes=size, kv_bytes_per_token=0,
+                slots=model.slots, context=4096,
+            )
+            for name, size, model in zip(fleet.names, fleet.footprint_bytes, fleet.models, strict=True)
+        }  # fmt: skip
+        first = [int(np.argmax(row)) for row in fleet.fits]
+        self._load_s = {name: fleet.unit[i][first[i]].load_s for i, name in enumerate(fleet.names)}
+        self._index = {name: i for i, name in enumerate(fleet.names)}
+        self._outlook = Outlook(fleet.names)
+        self._policy = m.Policy(
+            fleet=fleet.name, min_residence_s=self.options.min_residence_s, idle_evict_s=0.0,
+            max_wait_s=self.options.max_wait_s,
+        )  # fmt: skip
+        self._device = m.Device(kind="cuda", name="simulated")
+        warm_start(sim, range(sim.models) if self._order is None else self._order)
+
+    def routed(self, sim: Simulation, i: int, model: int, now: float) -> None:
+        self._outlook.seen(now, self._utilities(i, model))
+        name = sim.fleet.names[model]
+        self._demand[name] = residency.arrived(self._demand.get(name, Demand()), now)
+
+    def need(self, sim: Simulation, model: int, now: float) -> None:
+        self._pass(sim, now)
+
+    def tick(self, sim: Simulation, now: float) -> None:
+        self._pass(sim, now)
+        if self.options.burden and sim.scoring.joint:
+            for worker in range(sim.workers):
+                sim.tell_worker(worker)
+
+    def swap(self, sim: Simulation, model: int, worker: int) -> Swap | None:
+        """What a load of this model would mean to others, as of the last pass."""
+        return self._charges.get(sim.fleet.names[model])
+
+    def _forecast(self, sim: Simulation, now: float) -> Forecast:
+        options = self.options
+        if options.foresight_s:
+            first, last = np.searchsorted(self._arrival_s, (now, now + options.foresight_s))
+            picked = range(first, last, max(1, (last - first) // 512))
+            rows = [self._utilities(i, -1 if self._choices is None else int(self._choices[i])) for i in picked]
+            u = np.array(rows) if rows else np.zeros((0, sim.models))
+            rates = np.full(len(u), (last - first) / max(len(u), 1) / options.foresight_s)
+        else:
+            u, rates = self._outlook.rows(now)
+        return Forecast(
+            artifacts=self._index, utilities=u, rates=rates,
+            load_cost=dict(zip(sim.fleet.names, self._load_cost, strict=True)),
+            trusted_s=options.foresight_s or 120.0,
+            noise_z=0.0 if options.foresight_s or not options.hysteresis else 0.5,
+            prefetch=options.prefetch, patience=options.patience, second_cost=self._second_cost,
+        )  # fmt: skip
+
+    def _pass(self, sim: Simulation, now: float) -> None:
+        fleet, policy = sim.fleet, self._policy
+        workers, pending = [], []
+        for w, name in enumerate(fleet.workers):
+            engines = [
+                m.EngineState(
+                    artifact=fleet.names[e.model], state=STATES[e.state],
+                    footprint_bytes=fleet.footprint_bytes[e.model], slots=e.slots,
+                    active=e.n, loaded_at=e.since, last_used_at=e.used,
+                )
+                for e in sim.engines[w].values()
+            ]  # fmt: skip
+            workers.append(
+                m.WorkerState(
+                    worker=name, host="simulated", device=self._device, budget_bytes=fleet.budget_bytes[w],
+                    engines=engines, started_at=-1e9,
+                )
+            )  # fmt: skip
+            pending += [
+                Pending("load", name, fleet.names[model], fleet.footprint_bytes[model]) for model in sim.pending(w)
+            ]
+        demand = {}
+        for i, name in enumerate(fleet.names):
+            old = self._demand.get(name, Demand())
+            since = sim.waiting_since[i]
+            waiting = len(sim.queue[i]) + sum(e.n for e in sim.holders[i])
+            demand[name] = Demand(waiting, since if since >= 0 else None, old.rate, old.rate_at)
+        forecast = self._forecast(sim, now)
+        plan = residency.plan(
+            workers=workers, specs=self._specs, pinned=frozenset(), popularity={}, demand=demand,
+            load_s=self._load_s, pending=pending, held_back=frozenset(), policy=policy, now=now, forecast=forecast,
+        )  # fmt: skip
+        if self.options.burden and sim.scoring.joint:
+            self._charges = residency.charges(
+                workers=workers, specs=self._specs, pinned=frozenset(), demand=demand, load_s=self._load_s,
+                policy=policy, now=now, forecast=forecast,
+            )  # fmt: skip
+        number = {name: w for w, name in enumerate(fleet.workers)}
+        for action in plan.actions:
+            model, worker = self._index[action.artifact], number[action.worker]
+            if action.kind == "evict":
+                sim.evict(model, worker)
+            else:
+                sim.load(model, worker)

@@ -1,0 +1,1 @@
+"""What is learned while the system runs, used by several services and the simulator. Pure: state in, state out."""
