@@ -96,10 +96,11 @@ class CategoryBest:
     def fit(self, learn: Outcomes, x: Array) -> None:
         self._all = np.nanmean(learn.score, axis=0)
         names = np.array([c or "" for c in learn.categories])
-        self._of = {c: np.nanmean(learn.score[names == c], axis=0) for c in set(names) if c}
+        self._of: dict[str, Array] = {c: np.nanmean(learn.score[names == c], axis=0) for c in map(str, set(names)) if c}
 
     def scores(self, outcomes: Outcomes, x: Array) -> Array:
-        return np.stack([self._of.get(c or "", self._all) for c in outcomes.categories])
+        rows: list[Array] = [self._of.get(str(c), self._all) for c in outcomes.categories]
+        return np.stack(rows)
 
 
 class Knn:
@@ -184,6 +185,10 @@ class LinUcb:
         self._inverse = np.linalg.inv(self._a)
 
     def scores(self, outcomes: Outcomes, x: Array) -> Array:
+        return self.means(x)
+
+    def means(self, x: Array) -> Array:
+        """Expected scores [n, k], without the width."""
         return np.asarray(self._encode(x) @ np.einsum("kpq,kq->kp", self._inverse, self._b).T)
 
     def choose(self, x: Array) -> int:
