@@ -99,7 +99,7 @@ class CategoryBest:
         self._of: dict[str, Array] = {c: np.nanmean(learn.score[names == c], axis=0) for c in map(str, set(names)) if c}
 
     def scores(self, outcomes: Outcomes, x: Array) -> Array:
-        rows: list[Array] = [self._of.get(str(c), self._all) for c in outcomes.categories]
+        rows = [self._of[c] if c in self._of else self._all for c in outcomes.categories]  # noqa: SIM401 typed as never None
         return np.stack(rows)
 
 
