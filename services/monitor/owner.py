@@ -14,6 +14,7 @@ from services.monitor.answers import Answers
 from services.monitor.learning import Learning
 from services.monitor.recorder import Recorder
 from services.monitor.registry import Registry
+from services.monitor.trust import Trust
 from services.monitor.writer import Writer
 from shared import codec, subjects
 from shared import messages as m
@@ -43,16 +44,20 @@ class Base:
         self._store = Store(context.settings.database_url)
         self._writer = Writer(self._store)
         self._learning = Learning(self._bus, self._store, self._writer, context.clock)
+        self._trust = Trust(self._bus, self._store, self._writer, context.clock, context.log)
         self._recorder = Recorder(
             self._bus,
             self._writer,
             on_done=self._learning.on_done,
             on_operation=self._learning.on_operation,
+            on_route=self._trust.on_route,
             device_class=self._learning.device_class,
             clock=context.clock,
             log=context.log,
         )
-        self._answers = Answers(self._bus, self._store, self._writer, self._learning, context.clock, context.log)
+        self._answers = Answers(
+            self._bus, self._store, self._writer, self._learning, self._trust, context.clock, context.log
+        )
         self._sampled: dict[str, float] = {}
         self._symptoms: Subscription | None = None
         self._stopping = asyncio.Event()
@@ -66,6 +71,7 @@ class Base:
         await self._store.open()
         self._writer.start()
         await self._learning.start()
+        await self._trust.start()
         await self._recorder.start()
         self._symptoms = await self._bus.subscribe(subjects.symptom(">"), self._on_symptom)
         await self._answers.start()
@@ -83,12 +89,14 @@ class Base:
                 await self._symptoms.unsubscribe()
         await self._answers.stop(timeout_s)
         await self._recorder.stop(timeout_s)
+        await self._trust.stop()
         await self._learning.stop()
         await self._writer.stop()
         await self._store.close()
 
     def note_cards(self) -> None:
         """Keep the cards as published."""
+        self._trust.use(list(self._registry.cards or {}))
         for card in (self._registry.cards or {}).values():
             self._writer.note("models", rows.card(card, self._context.clock()))
 
