@@ -66,23 +66,23 @@ def test_what_is_heard_is_worth_hearing() -> None:
     quality, score, answered, answer = exam(3000)
     judged = exam(3000, seed=1)
     cascade = Cascade.fit(quality, score, answered, answer)
-    cost = np.tile([0.02, 0.03, 0.4], (3000, 1))
+    cost = np.tile([0.01, 0.01, 0.3], (3000, 1))
     nets = []
     for compare, retry in ((False, False), (False, True), (True, True)):
         plan = cascade.plan(judged[0], judged[2].mean(0) + 0.0 * quality, cost, compare=compare, retry=retry)
         nets.append(net(plan, cost, *judged[1:]))
         assert plan.worth.max(1).mean() == pytest.approx(nets[-1], abs=0.03), "what was promised is what came"
-    assert nets[0] + 0.02 < nets[1]
-    assert nets[1] + 0.02 < nets[2]
+    assert nets[0] + 0.01 < nets[1]
+    assert nets[1] + 0.01 < nets[2]
 
 
 def test_asking_for_free_is_never_declined_and_asking_at_any_price_never_done() -> None:
-    """With a free large model everybody asks it first; at a price above any score nobody asks a second model."""
+    """Of free models everybody asks the best and nobody another; at a price above any score nobody asks a second."""
     quality, score, answered, answer = exam(400)
     cascade = Cascade.fit(quality, score, answered, answer)
     chance = answered.mean(0) + 0.0 * quality
-    free = cascade.plan(quality, chance, np.zeros((400, 3)), compare=False)
-    assert (free.first == 2).mean() > 0.95
+    free = cascade.plan(quality, chance, np.zeros((400, 3)), compare=False, retry=False)
+    assert (free.first == 2).all()
     dear = cascade.plan(quality, chance, np.full((400, 3), 2.0))
     rows = np.arange(400)
     for array in (dear.none_then, dear.second):
