@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.sim.setting import Plan, Setting
+from bench.sim.setting import Plan, Setting, run
+from services.planner.decide.learn.cascade import play
+from services.planner.decide.scoring import LN2
 from services.simulator import residency as on_demand
 from services.simulator.engine import Residency, Router, Workload
 from services.simulator.fleet import SimFleet
-from services.simulator.routers import Fixed, Scored
+from services.simulator.routers import Cascaded, Fixed, Scored
 from shared.errors import DataInvalid
 
 Array = NDArray[Any]
-BUDGET_MARGIN = 0.97
-"""The energy budget is aimed at with this much to spare: it is learned on other queries than it is judged on."""
-W_LATENCY = 0.01
-"""Enough to choose between near-equals by their queues, too little to cost accuracy."""
+BUDGET_MARGIN = 0.93
+"""Budgets are aimed at with this much to spare: weights are learned on other queries than they are judged on."""
+FRONTIER_MARGIN = 0.98
+"""Of a budget that is a point of the frontier, and no promise."""
+GRID = (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
+"""Weights of latency that are tried."""
+TUNED_ON = 3000
+"""Queries of each trial."""
+W_LATENCY = 0.03
+"""Of `calm`: a second opinion that costs seconds must promise something."""
+W_LATENCY_ESCALATE = 0.1
+"""Of `calm-escalate` without a latency budget."""
+TYPICAL_BATCH = 4
 PLAIN = ("random", "round-robin", "best-single", "category-best", "oracle")
 
 
@@ -33,10 +44,9 @@ def make(setting: Setting, name: str) -> Plan:
     base, _, ratio = name.partition("@")
     small = setting.small
     if base == "calm":
-        return _ours(setting, small, 0.0 if not ratio else price(setting, small, share(ratio)))
+        return _ours(setting, small, share(ratio) if ratio else None, W_LATENCY)
     if base == "calm-escalate":
-        models = (*small, *(() if setting.reference in small else (setting.reference,)))
-        return _ours(setting, models, price(setting, models, share(ratio) if ratio else setting.budget))
+        return _escalating(setting, share(ratio) if ratio else setting.budget)
     if kind == "single":
         if detail not in setting.judge.models:
             raise DataInvalid(
@@ -56,64 +66,97 @@ def fixed(work: Workload, fleet: SimFleet, seed: int) -> Residency:
     return on_demand.Fixed()
 
 
-def _ours(setting: Setting, models: tuple[str, ...], w_energy: float) -> Plan:
+def _escalating(setting: Setting, ratio: float) -> Plan:
+    """Both budgets, where a latency budget is given: the smallest weight of latency with which a simulation of the
+    queries learned from keeps it."""
+    models = (*setting.small, *(() if setting.reference in setting.small else (setting.reference,)))
+    if setting.latency_budget is None or setting.w_latency is not None:
+        return _ours(setting, models, ratio, W_LATENCY_ESCALATE)
+    own = replace(
+        setting, judge=setting.learn, learned=replace(setting.learned, judge=setting.learned.own), shift_s=0.0,
+        count=min(len(setting.learn), TUNED_ON),
+    )  # fmt: skip
+    alone = Plan((setting.reference,), lambda w, _f, _s: Fixed(np.zeros(len(w), int)), fixed)
+    base = float(run(own, alone, 0)[0].latency_s.mean())
+    plan = _ours(setting, models, ratio, GRID[0])
+    for weight in GRID:
+        tried = _ours(own, models, ratio, weight)
+        plan = _ours(setting, models, ratio, weight, known=float(tried.notes["w_energy"]))
+        if run(own, tried, 0)[0].latency_s.mean() <= setting.latency_budget * BUDGET_MARGIN * base:
+            break
+    return plan
+
+
+def _ours(
+    setting: Setting, models: tuple[str, ...], ratio: float | None, usual: float, known: float | None = None
+) -> Plan:
+    """`known`: the weight of energy, if it has been worked out."""
     columns = setting.columns(models)
-    weights = setting.policy(w_quality=1.0, w_latency=W_LATENCY, w_energy=w_energy, energy_ref_j=_reference_j(setting))
-    p = setting.predictions
+    w_latency = usual if setting.w_latency is None else setting.w_latency
+    w_energy = 0.0 if ratio is None else price(setting, models, ratio, w_latency) if known is None else known
+    weights = setting.policy(w_quality=1.0, w_latency=w_latency, w_energy=w_energy, energy_ref_j=_reference_j(setting))
+    learned = setting.learned
+    cascade = None if "cascade" in setting.off else learned.cascade(columns, compare="compare" not in setting.off)
 
     def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
-        quality, tokens = p.quality[work.row][:, columns], np.maximum(p.tokens_out[work.row][:, columns], 1.0)
-        again = None
-        if work.answered is not None and "retry" not in setting.off:
-            worth = quality - w_energy * tokens * setting.token_j(models) / weights.energy_ref_j
-            again = _retry(worth, work.answered)
-        return Scored(quality, work.tokens_in, tokens, weights, escalate=again)
+        rows, c = work.row, np.array(columns)
+        tokens = np.maximum(learned.judge.tokens_out[rows][:, c], 1.0)
+        quality = learned.judge.quality[rows][:, c]
+        if cascade is None or work.answered is None or setting.judge.answer is None:
+            return Scored(quality, work.tokens_in, tokens, weights)
+        own = _price(setting, models, tokens, w_energy, w_latency)
+        plan = cascade.plan(
+            quality, learned.judge.answers[rows][:, c], own,
+            compare="compare" not in setting.off, retry="retry" not in setting.off,
+        )  # fmt: skip
+        # Worth of asking a model first contains the price of doing so; scoring takes that off again, on the worker.
+        first = plan.worth + own
+        answers = setting.judge.answer[rows][:, c]
+        return Scored(first, work.tokens_in, tokens, weights, escalate=Cascaded(plan.step, answers))
 
-    return Plan(models, router, fixed, notes={"w_energy": w_energy})
-
-
-def _retry(worth: Array, answered: Array) -> Callable[[int, int, int], int]:
-    """An answer that could not be read is worth nothing: the next best model is asked, once."""
-    good: list[list[bool]] = answered.tolist()
-    order: list[list[int]] = np.argsort(-worth, axis=1).tolist()
-    values: list[list[float]] = worth.tolist()
-
-    def after(i: int, model: int, attempt: int) -> int:
-        if good[i][model] or attempt > 1:
-            return -1
-        other = next((o for o in order[i] if o != model), -1)
-        return other if other >= 0 and values[i][other] > 0.0 else -1
-
-    return after
+    return Plan(models, router, fixed, notes={"w_energy": w_energy, "w_latency": w_latency})
 
 
-def price(setting: Setting, models: tuple[str, ...], ratio: float) -> float:
+def _price(setting: Setting, models: tuple[str, ...], tokens: Array, w_energy: float, w_latency: float) -> Array:
+    """[n, k] what asking each model takes, in units of score: expected joules, and seconds on an idle device."""
+    built = setting.fleet(models)
+    best = np.argmax(built.fits, axis=1)
+    step_s = np.array([built.unit[i][w].step_s(TYPICAL_BATCH) for i, w in enumerate(best)])
+    joules = np.array([built.unit[i][w].decode_j for i, w in enumerate(best)])
+    late = np.log1p(tokens * step_s / setting.slo_s) * (w_latency / LN2)
+    return np.asarray(w_energy * tokens * joules / _reference_j(setting) + late)
+
+
+def price(setting: Setting, models: tuple[str, ...], ratio: float, w_latency: float) -> float:
     """The weight of energy with which the queries learned from, predicted by a model that has not seen them, would
     have cost `ratio` of the reference's energy: bisection on a logarithmic scale."""
     columns, joules = setting.columns(models), setting.token_j(models)
-    p, learn = setting.predictions, setting.learn
-    quality = p.learn_quality[:, columns]
-    expected = np.maximum(p.learn_tokens_out[:, columns], 1.0) * joules / _reference_j(setting)
+    own, learn = setting.learned.own, setting.learn
+    quality, answers = own.quality[:, columns], own.answers[:, columns]
+    tokens = np.maximum(own.tokens_out[:, columns], 1.0)
     real = np.nan_to_num(learn.tokens_out[:, columns]) * joules
-    rows = np.arange(len(learn))
-    answered = None if learn.answered is None or "retry" in setting.off else learn.answered[:, columns]
+    cascade = None
+    if "cascade" not in setting.off and learn.answered is not None and learn.answer is not None:
+        cascade = setting.learned.cascade(columns, compare="compare" not in setting.off)
 
     def spent(weight: float) -> float:
-        worth = quality - weight * expected
-        choice = np.argmax(worth, axis=1)
-        total = real[rows, choice]
-        if answered is not None:
-            worth[rows, choice] = -np.inf
-            second = np.argmax(worth, axis=1)
-            again = ~answered[rows, choice] & (worth[rows, second] > 0.0)
-            total = total + np.where(again, real[rows, second], 0.0)
-        return float(total.mean())
+        cost = _price(setting, models, tokens, weight, w_latency)
+        if cascade is None:
+            return float(real[np.arange(len(learn)), np.argmax(quality - cost, axis=1)].mean())
+        plan = cascade.plan(
+            quality, answers, cost, compare="compare" not in setting.off, retry="retry" not in setting.off
+        )
+        assert learn.answered is not None
+        assert learn.answer is not None
+        asked = play(plan, learn.answered[:, columns], learn.answer[:, columns]).asked
+        return float((asked * real).sum(axis=1).mean())
 
-    target = ratio * BUDGET_MARGIN * _reference_j(setting)
+    margin = FRONTIER_MARGIN if setting.latency_budget is None else BUDGET_MARGIN
+    target = ratio * margin * _reference_j(setting)
     if spent(0.0) <= target:
         return 0.0
-    low, high = 1e-4, 1e3
-    for _ in range(50):
+    low, high = 1e-3, 1e2
+    for _ in range(16):
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if spent(middle) > target else (low, middle)
     return high
