@@ -29,7 +29,7 @@ from bench.sim.setting import Setting, run
 from services.simulator import fleet as fleets
 from shared.errors import CalmError, DataInvalid
 
-DEFAULT = "calm,calm-escalate,best-single,category-best,random,round-robin,oracle"
+DEFAULT = "calm,calm-escalate,calm-as-described,best-single,category-best,knn,ridge,semantic,random,round-robin,oracle"
 REFERENCE_LOAD = 0.5
 DEFAULT_LATENCY_BUDGET = 0.45
 """Of the reference's latency; not with an energy budget of one's own, which may leave no room for it."""
@@ -85,7 +85,8 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
     rate = arguments.rate or arguments.load * capacity_per_s(built, judge, reference)
     return Setting(
         learn=learn, judge=judge, embeddings_learn=embeddings_learn, embeddings_judge=embeddings_judge,
-        learned=learn_from(learn, judge, embeddings_learn, embeddings_judge), file=file, profile=profile,
+        learned=learn_from(learn, judge, embeddings_learn, embeddings_judge),
+        embed=embed, file=file, profile=profile,
         reference=reference, small=small, rate_per_s=rate, count=arguments.queries or len(judge),
         slo_s=arguments.slo,
         w_latency=arguments.w_latency,

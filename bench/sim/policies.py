@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.sim import routers
 from bench.sim.setting import Plan, Setting, run
 from services.planner.decide.learn.cascade import play
 from services.planner.decide.scoring import LN2
@@ -31,7 +33,10 @@ W_LATENCY = 0.03
 W_LATENCY_ESCALATE = 0.1
 """Of `calm-escalate` without a latency budget."""
 TYPICAL_BATCH = 4
-PLAIN = ("random", "round-robin", "best-single", "category-best", "oracle")
+PLAIN = ("random", "round-robin", "best-single", "category-best", "semantic", "knn", "ridge", "linucb", "oracle")
+DESCRIBED_RESIDENT = 3
+"""Models that "CALM as described" keeps on a worker, whatever their size."""
+DESCRIBED_WEIGHTS = {"w_quality": 1.0, "w_latency": 0.1, "w_energy": 0.1}
 
 
 def make(setting: Setting, name: str) -> Plan:
@@ -53,11 +58,13 @@ def make(setting: Setting, name: str) -> Plan:
                 f"The outcomes have no model {detail!r}.", f"They have: {', '.join(setting.judge.models)}."
             )
         return Plan((detail,), lambda w, _f, _s: Fixed(np.zeros(len(w), int)), fixed)
+    if name == "calm-as-described":
+        return _as_described(setting)
     if name in PLAIN:
         return _plain(setting, name)
     raise DataInvalid(
         f"There is no policy {name!r}.",
-        f"Use calm, calm-escalate[@RATIO], single:MODEL, {', '.join(PLAIN)}.",
+        f"Use calm, calm-escalate[@RATIO], single:MODEL, calm-as-described, {', '.join(PLAIN)}.",
     )
 
 
@@ -179,24 +186,56 @@ def share(text: str) -> float:
 
 
 def _plain(setting: Setting, name: str) -> Plan:
+    """Routers that look at the query alone (`bench.sim.routers`)."""
     models = setting.small
-    columns = setting.columns(models)
 
     def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
-        n, k = len(work), len(models)
-        if name == "random":
-            return Fixed(np.random.default_rng(seed).integers(0, k, n))
-        if name == "round-robin":
-            return Fixed(np.arange(n) % k)
-        learned = np.nanmean(setting.learn.score[:, columns], axis=0)
-        if name == "best-single":
-            return Fixed(np.full(n, int(np.argmax(learned))))
         if name == "oracle":
             return Fixed(np.argmax(np.nan_to_num(work.score), axis=1))
-        best = {None: int(np.argmax(learned))}
-        categories = np.array([c or "" for c in setting.learn.categories])
-        for category in set(categories):
-            best[category] = int(np.argmax(np.nanmean(setting.learn.score[categories == category][:, columns], axis=0)))
-        return Fixed(np.array([best.get(setting.judge.categories[r] or "", best[None]) for r in work.row]))
+        scores = _baseline(setting, name, models, seed)
+        if name in {"random", "round-robin"}:  # these choose arrival by arrival, not by what is asked
+            order = np.arange(len(work)) % len(scores)
+            return Fixed(scores[order].argmax(axis=1))
+        return Fixed(scores[work.row].argmax(axis=1))
 
     return Plan(models, router, fixed)
+
+
+def _baseline(setting: Setting, name: str, models: tuple[str, ...], seed: int) -> Array:
+    """[judge, k] scores of a baseline, learned on the folder for learning."""
+    learn, judge = setting.learn.only(models), setting.judge.only(models)
+    made: dict[str, Callable[[], routers.Router]] = {
+        "random": lambda: routers.Random(seed),
+        "round-robin": routers.RoundRobin,
+        "best-single": routers.Single,
+        "category-best": routers.CategoryBest,
+        "semantic": lambda: routers.Semantic(_descriptions(setting, models)),
+        "knn": routers.Knn,
+        "ridge": routers.Ridge,
+        "linucb": lambda: routers.LinUcb(models, setting.embeddings_learn),
+    }
+    router = made[name]()
+    router.fit(learn, setting.embeddings_learn)
+    return router.scores(judge, setting.embeddings_judge)
+
+
+def _descriptions(setting: Setting, models: tuple[str, ...]) -> dict[str, Array]:
+    known = {model.name: model.description or model.name for model in setting.file.models}
+    return dict(zip(models, setting.embed([known[name] for name in models]), strict=True))
+
+
+def _as_described(setting: Setting) -> Plan:
+    """CALM as its paper describes it: likeness of query and description with live latency and energy in a weighted
+    sum, a fixed number of resident models, the least recently used of which makes room."""
+
+    def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
+        likeness = _baseline(setting, "semantic", setting.small, seed)
+        spread = likeness.max() - likeness.min()
+        tokens = np.nanmean(setting.learn.tokens_out[:, setting.columns(setting.small)], axis=0)
+        weights = setting.policy(**DESCRIBED_WEIGHTS, energy_ref_j=_reference_j(setting))
+        return Scored(
+            (likeness[work.row] - likeness.min()) / max(float(spread), 1e-9), work.tokens_in,
+            np.tile(tokens, (len(work), 1)), weights,
+        )  # fmt: skip
+
+    return Plan(setting.small, router, lambda _w, _f, _s: on_demand.Lru(None, DESCRIBED_RESIDENT))

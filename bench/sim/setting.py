@@ -31,6 +31,8 @@ class Setting:
     embeddings_learn: Array
     embeddings_judge: Array
     learned: Learned
+    embed: Callable[[Sequence[str]], Array]
+    """Embeddings of texts, for models' descriptions."""
     file: fleets.File
     profile: Profile
     reference: str
