@@ -23,9 +23,9 @@ from bench.report import print_table, write_json
 from bench.sim import learned, routers
 from bench.sim.data import Outcomes, load_outcomes
 from bench.sim.embed import embed
-from services.planner.decide.learn.cascade import play
 from services.simulator import fleet as fleets
 from shared.errors import CalmError, DataInvalid
+from shared.learn.cascade import play
 
 Array = NDArray[Any]
 

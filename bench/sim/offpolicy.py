@@ -22,10 +22,10 @@ from bench.report import print_table, write_json
 from bench.sim import learned
 from bench.sim.data import Outcomes, load_outcomes
 from bench.sim.embed import embed
-from services.planner.decide.learn import bandit, hierarchy, offpolicy
-from services.planner.decide.learn.quality import QualityModel
 from services.simulator import fleet as fleets
 from shared.errors import CalmError
+from shared.learn import bandit, hierarchy, offpolicy
+from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 FLOOR = 0.02

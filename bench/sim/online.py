@@ -22,10 +22,10 @@ from bench.report import print_table, write_json
 from bench.sim import learned, routers
 from bench.sim.data import Outcomes, load_outcomes
 from bench.sim.embed import embed
-from services.planner.decide.learn import bandit
-from services.planner.decide.learn.quality import QualityModel
 from services.simulator import fleet as fleets
 from shared.errors import CalmError
+from shared.learn import bandit
+from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from bench.sim import routers
 from bench.sim.setting import Plan, Setting, run
-from services.planner.decide.learn.cascade import play
 from services.planner.decide.scoring import LN2
 from services.simulator import residency as on_demand
 from services.simulator.engine import Residency, Router, Workload
 from services.simulator.fleet import SimFleet
 from services.simulator.routers import Cascaded, Fixed, Scored
 from shared.errors import DataInvalid
+from shared.learn.cascade import play
 
 Array = NDArray[Any]
 BUDGET_MARGIN = 0.93

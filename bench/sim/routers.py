@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bench.sim import learned
 from bench.sim.data import Outcomes
-from services.planner.decide.learn import linear
-from services.planner.decide.learn.quality import QualityModel
+from shared.learn import linear
+from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 

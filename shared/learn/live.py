@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide.learn.quality import QualityModel
+from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 START = 40

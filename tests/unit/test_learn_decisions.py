@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from services.planner.decide.learn import bandit, offpolicy
-from services.planner.decide.learn.cascade import KEEP, Cascade, Plan, play
-from services.planner.decide.learn.quality import QualityModel
+from shared.learn import bandit, offpolicy
+from shared.learn.cascade import KEEP, Cascade, Plan, play
+from shared.learn.quality import QualityModel
 
 Array = NDArray[np.float64]
 

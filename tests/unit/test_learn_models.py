@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from services.planner.decide.learn import hierarchy, linear
-from services.planner.decide.learn.features import FORM, form, forms
-from services.planner.decide.learn.length import LengthModel
-from services.planner.decide.learn.quality import QualityModel
-from services.planner.decide.learn.topics import clusters, supervised
+from shared.learn import hierarchy, linear
+from shared.learn.features import FORM, form, forms
+from shared.learn.length import LengthModel
+from shared.learn.quality import QualityModel
+from shared.learn.topics import clusters, supervised
 
 MODELS = ("algebra", "prose", "weak")
 
