@@ -28,7 +28,7 @@ GRID = (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
 """Weights of latency that are tried."""
 TUNED_ON = 3000
 """Queries of each trial."""
-W_LATENCY = 0.03
+W_LATENCY = 0.05
 """Of `calm`: a second opinion that costs seconds must promise something."""
 W_LATENCY_ESCALATE = 0.1
 """Of `calm-escalate` without a latency budget."""

@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 
 from services.planner.decide import cost, objectives, residency
 from services.planner.decide.learned import Learned
-from services.planner.decide.outlook import Outlook, warm_row
+from services.planner.decide.outlook import FORECAST_FROM, Outlook, warm_row
 from services.planner.decide.residency import Demand
 from services.planner.decide.routing import State
 from services.planner.decide.scoring import slope_of_penalty
@@ -22,8 +22,6 @@ from shared.errors import CalmError
 from shared.learn.live import Learner
 from shared.views import ControlView, FleetView, ModelsView
 
-FORECAST_FROM = 20
-"""Routed queries from which on residency trusts its forecast."""
 PATIENCE = 0.6
 """Share of the rent-or-buy threshold at which a grouped load begins (`bench.residency` compares values)."""
 CHARGES_S = 1.0
