@@ -68,7 +68,7 @@ def case(setting: Setting, arguments: argparse.Namespace, seed: int) -> Case:
     rows, _ = arrivals.shifting(setting.judge, at, rng, every_s=arguments.shift)
     columns = setting.columns(setting.small)
     work = arrivals.workload(setting.judge, at, rows, columns)
-    quality = setting.predictions.quality[rows][:, columns]
+    quality = setting.learned.judge.quality[rows][:, columns]
     if arguments.scenario == "specialists":
         assert work.group is not None
         share = np.full((len(rows), len(columns)), OTHERWISE)
@@ -79,7 +79,7 @@ def case(setting: Setting, arguments: argparse.Namespace, seed: int) -> Case:
     policy = m.Policy(
         fleet="bench", w_latency=arguments.w_latency, w_energy=0.0, latency_slo_s=arguments.slo, energy_ref_j=20.0
     )
-    tokens = np.maximum(setting.predictions.tokens_out[rows][:, columns], 1.0)
+    tokens = np.maximum(setting.learned.judge.tokens_out[rows][:, columns], 1.0)
     learned = np.nanmean(setting.learn.score[:, columns], axis=0)
     return Case(fleet, work, quality, tokens, policy, [int(i) for i in np.argsort(-learned)])
 
@@ -172,7 +172,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slo", type=float, default=5.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
-    arguments.reference = arguments.trace = None
+    arguments.reference = arguments.trace = arguments.latency_budget = None
     arguments.load, arguments.trace_tokens, arguments.ablate = 0.5, False, ""
     return arguments
 

@@ -323,6 +323,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     learned_version: int = 0
     """Of the learned quality; 0 when the cards' own scores were used."""
     objectives_version: int = 0
+    embedding: bytes = b""
+    """The query's sentence embedding, little-endian float16: what its judgement is learned with."""
     domains: dict[str, float] = {}
     decided_at: float = 0.0
     decided_in_s: float = 0.0
@@ -535,6 +537,8 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     embedder: str = "minilm"
     """Model in the store that embeds queries and cards."""
     embedder_variant: str = "int8"
+    explore: float = 0.05
+    """Largest probability of not choosing the best guess, for the sake of learning; 0 never explores."""
     max_wait_s: float = 5.0
     """A query waits at most about this long for a model that is not resident before another must leave."""
 
@@ -587,7 +591,7 @@ class CardStanding(_Internal, frozen=True, kw_only=True, tag="card_standing.v1")
 class LearnedPart(_Internal, frozen=True, kw_only=True, tag="learned_part.v1"):
     """KV `calm_control`, key `learned.<name>.<index>`: a piece of learned parameters, small enough for a message."""
 
-    name: Literal["quality", "length"]
+    name: Literal["quality"]
     version: int
     index: int
     count: int

@@ -6,7 +6,7 @@
 Quality and length are learned on `--learn` and judged on `--judge` (formats: bench/sim/data.py). Latency and energy are
 modelled from output lengths and the fleet's hardware profile. Ratios are against the model given by `--reference`
 running alone on its own pool under the same arrivals. `calm` uses small models only; `calm-escalate` may also use the
-reference, within `--energy-budget` of its energy (several give the frontier).
+reference, within `--energy-budget` of its energy (several give the frontier) and `--latency-budget` of its latency.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from bench.sim import policies as named
 from bench.sim import report
 from bench.sim.data import Outcomes, load_outcomes, load_trace
 from bench.sim.embed import embed
-from bench.sim.predict import predictions
+from bench.sim.learned import learn as learn_from
 from bench.sim.setting import Setting, run
 from services.simulator import fleet as fleets
 from shared.errors import CalmError, DataInvalid
 
-DEFAULT = "calm,calm-escalate,best-single,category-best,random,round-robin,oracle"
-REFERENCE_LOAD = 0.6
+DEFAULT = "calm,calm-escalate,calm-as-described,best-single,category-best,knn,ridge,semantic,random,round-robin,oracle"
+REFERENCE_LOAD = 0.5
+DEFAULT_LATENCY_BUDGET = 0.45
+"""Of the reference's latency; not with an energy budget of one's own, which may leave no room for it."""
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +46,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fleet", default="mmlu_pro", metavar="FILE")
     parser.add_argument("--policy", default=DEFAULT, metavar="NAME,...")
     parser.add_argument("--reference", metavar="MODEL", help="the largest model of the fleet when left out")
-    parser.add_argument("--energy-budget", metavar="RATIO,...", help="of the reference's energy, for calm-escalate")
+    parser.add_argument("--energy-budget", metavar="RATIO,...", help="of the reference's, for calm-escalate (0.19)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--queries", type=int, metavar="N", help="queries in each run; each judged one once by default")
     parser.add_argument(
@@ -52,7 +54,11 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float, metavar="Q/S", help="arrivals per second, instead of --load")
     parser.add_argument("--slo", type=float, default=5.0, metavar="S", help="objective for a query's latency")
-    parser.add_argument("--ablate", default="", metavar="NAME,...", help="switch off: retry, crowding")
+    parser.add_argument("--latency-budget", type=float, metavar="RATIO", help="of the reference's, for calm-escalate")
+    parser.add_argument(
+        "--w-latency", type=float, help="weight of latency in the utility; each policy's own by default"
+    )
+    parser.add_argument("--ablate", default="", metavar="NAME,...", help="switch off: retry, compare, crowding")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG")
     return parser.parse_args(argv)
@@ -75,13 +81,16 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
     small = tuple(name for name in judge.models if known[name].small)
     if not small:
         raise DataInvalid("The fleet has no small model.", "Set `small = true` for some of the fleet file's models.")
-    features_learn, features_judge = embed(learn.prompts), embed(judge.prompts)
+    embeddings_learn, embeddings_judge = embed(learn.prompts), embed(judge.prompts)
     rate = arguments.rate or arguments.load * capacity_per_s(built, judge, reference)
     return Setting(
-        learn=learn, judge=judge, features_learn=features_learn, features_judge=features_judge,
-        predictions=predictions(learn, judge, features_learn, features_judge), file=file, profile=profile,
+        learn=learn, judge=judge, embeddings_learn=embeddings_learn, embeddings_judge=embeddings_judge,
+        learned=learn_from(learn, judge, embeddings_learn, embeddings_judge),
+        embed=embed, file=file, profile=profile,
         reference=reference, small=small, rate_per_s=rate, count=arguments.queries or len(judge),
-        slo_s=arguments.slo, trace=load_trace(arguments.trace) if arguments.trace else None,
+        slo_s=arguments.slo,
+        w_latency=arguments.w_latency,
+        latency_budget=arguments.latency_budget, trace=load_trace(arguments.trace) if arguments.trace else None,
         trace_tokens=arguments.trace_tokens, off=frozenset(filter(None, arguments.ablate.split(","))),
     )  # fmt: skip
 
@@ -130,6 +139,8 @@ def main(argv: list[str] | None = None) -> None:
             if len(budgets) == 1:
                 names.remove(f"calm-escalate@{budgets[0]}")
                 setting = replace(setting, budget=named.share(budgets[0]))
+        if not budgets and setting.latency_budget is None:
+            setting = replace(setting, latency_budget=DEFAULT_LATENCY_BUDGET)
         result = simulate(setting, names, arguments.seeds)
     except CalmError as error:
         print(f"bench.sim: {error}", file=sys.stderr)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bench.report import machine, write_json
 from bench.sim import arrivals
 from bench.sim import policies as named
-from bench.sim.__main__ import capacity_per_s, setting_of
+from bench.sim.__main__ import arguments_of, capacity_per_s, setting_of
 from bench.sim.setting import Setting
 from services.planner.decide import dual
 from services.simulator.controlled import Controlled
@@ -289,9 +289,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--energy", type=float, metavar="J")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    extra = argparse.Namespace(rate=1.0, slo=5.0, trace_tokens=False, ablate="", energy_budget=None)
     try:
-        setting = setting_of(argparse.Namespace(**{**vars(extra), **vars(arguments)}))
+        known = arguments_of(["--learn", str(arguments.learn), "--judge", str(arguments.judge)])
+        setting = setting_of(argparse.Namespace(**{**vars(known), **vars(arguments)}))
     except CalmError as error:
         print(f"bench.sim.constraints: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bench.report import machine, write_json
 from bench.sim import arrivals
-from bench.sim.__main__ import setting_of
+from bench.sim.__main__ import arguments_of, setting_of
 from bench.sim.setting import Setting
 from services.monitor.decide import probes
 from shared.errors import CalmError, DataInvalid
@@ -73,7 +73,7 @@ def stream(setting: Setting, count: int, seed: int, *, shift_at: int = 0) -> Str
     p = setting.predictions
     return Stream(
         quality=p.quality[rows][:, columns], score=np.nan_to_num(setting.judge.score[rows][:, columns]),
-        golden_quality=p.learn_quality[golden][:, columns],
+        golden_quality=setting.learned.own.quality[golden][:, columns],
         golden_score=np.nan_to_num(setting.learn.score[golden][:, columns]),
     )  # fmt: skip
 
@@ -276,11 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    extra = argparse.Namespace(
-        rate=1.0, load=0.5, slo=5.0, trace=None, trace_tokens=False, ablate="", energy_budget=None, reference=None
-    )
     try:
-        setting = setting_of(argparse.Namespace(**{**vars(extra), **vars(arguments)}))
+        known = arguments_of(["--learn", str(arguments.learn), "--judge", str(arguments.judge)])
+        setting = setting_of(argparse.Namespace(**{**vars(known), **vars(arguments)}))
         if arguments.model and arguments.model not in setting.small:
             raise DataInvalid(f"{arguments.model!r} is no small model.", f"Choose from: {', '.join(setting.small)}.")
     except CalmError as error:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.sim.data import Outcomes
-from services.planner.decide.learn import features as text
-from services.planner.decide.learn.cascade import Cascade, Plan
-from services.planner.decide.learn.length import LengthModel
-from services.planner.decide.learn.quality import QualityModel
+from shared.learn import features as text
+from shared.learn.cascade import Cascade, Plan
+from shared.learn.length import LengthModel
+from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.sim.setting import Plan, Setting
+from bench.sim import routers
+from bench.sim.setting import Plan, Setting, run
+from services.planner.decide.scoring import LN2
 from services.simulator import residency as on_demand
 from services.simulator.engine import Residency, Router, Workload
 from services.simulator.fleet import SimFleet
-from services.simulator.routers import Fixed, Scored
+from services.simulator.routers import Cascaded, Fixed, Scored
 from shared.errors import DataInvalid
+from shared.learn.cascade import play
 
 Array = NDArray[Any]
-BUDGET_MARGIN = 0.97
-"""The energy budget is aimed at with this much to spare: it is learned on other queries than it is judged on."""
-W_LATENCY = 0.01
-"""Enough to choose between near-equals by their queues, too little to cost accuracy."""
-PLAIN = ("random", "round-robin", "best-single", "category-best", "oracle")
+BUDGET_MARGIN = 0.93
+"""Budgets are aimed at with this much to spare: weights are learned on other queries than they are judged on."""
+FRONTIER_MARGIN = 0.98
+"""Of a budget that is a point of the frontier, and no promise."""
+GRID = (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
+"""Weights of latency that are tried."""
+TUNED_ON = 3000
+"""Queries of each trial."""
+W_LATENCY = 0.05
+"""Of `calm`: a second opinion that costs seconds must promise something."""
+W_LATENCY_ESCALATE = 0.1
+"""Of `calm-escalate` without a latency budget."""
+TYPICAL_BATCH = 4
+PLAIN = ("random", "round-robin", "best-single", "category-best", "semantic", "knn", "ridge", "linucb", "oracle")
+DESCRIBED_RESIDENT = 3
+"""Models that "CALM as described" keeps on a worker, whatever their size."""
+DESCRIBED_WEIGHTS = {"w_quality": 1.0, "w_latency": 0.1, "w_energy": 0.1}
 
 
 def make(setting: Setting, name: str) -> Plan:
@@ -33,21 +49,22 @@ def make(setting: Setting, name: str) -> Plan:
     base, _, ratio = name.partition("@")
     small = setting.small
     if base == "calm":
-        return _ours(setting, small, 0.0 if not ratio else price(setting, small, share(ratio)))
+        return _ours(setting, small, share(ratio) if ratio else None, W_LATENCY)
     if base == "calm-escalate":
-        models = (*small, *(() if setting.reference in small else (setting.reference,)))
-        return _ours(setting, models, price(setting, models, share(ratio) if ratio else setting.budget))
+        return _escalating(setting, share(ratio) if ratio else setting.budget)
     if kind == "single":
         if detail not in setting.judge.models:
             raise DataInvalid(
                 f"The outcomes have no model {detail!r}.", f"They have: {', '.join(setting.judge.models)}."
             )
         return Plan((detail,), lambda w, _f, _s: Fixed(np.zeros(len(w), int)), fixed)
+    if name == "calm-as-described":
+        return _as_described(setting)
     if name in PLAIN:
         return _plain(setting, name)
     raise DataInvalid(
         f"There is no policy {name!r}.",
-        f"Use calm, calm-escalate[@RATIO], single:MODEL, {', '.join(PLAIN)}.",
+        f"Use calm, calm-escalate[@RATIO], single:MODEL, calm-as-described, {', '.join(PLAIN)}.",
     )
 
 
@@ -56,64 +73,97 @@ def fixed(work: Workload, fleet: SimFleet, seed: int) -> Residency:
     return on_demand.Fixed()
 
 
-def _ours(setting: Setting, models: tuple[str, ...], w_energy: float) -> Plan:
+def _escalating(setting: Setting, ratio: float) -> Plan:
+    """Both budgets, where a latency budget is given: the smallest weight of latency with which a simulation of the
+    queries learned from keeps it."""
+    models = (*setting.small, *(() if setting.reference in setting.small else (setting.reference,)))
+    if setting.latency_budget is None or setting.w_latency is not None:
+        return _ours(setting, models, ratio, W_LATENCY_ESCALATE)
+    own = replace(
+        setting, judge=setting.learn, learned=replace(setting.learned, judge=setting.learned.own), shift_s=0.0,
+        count=min(len(setting.learn), TUNED_ON),
+    )  # fmt: skip
+    alone = Plan((setting.reference,), lambda w, _f, _s: Fixed(np.zeros(len(w), int)), fixed)
+    base = float(run(own, alone, 0)[0].latency_s.mean())
+    plan = _ours(setting, models, ratio, GRID[0])
+    for weight in GRID:
+        tried = _ours(own, models, ratio, weight)
+        plan = _ours(setting, models, ratio, weight, known=float(tried.notes["w_energy"]))
+        if run(own, tried, 0)[0].latency_s.mean() <= setting.latency_budget * BUDGET_MARGIN * base:
+            break
+    return plan
+
+
+def _ours(
+    setting: Setting, models: tuple[str, ...], ratio: float | None, usual: float, known: float | None = None
+) -> Plan:
+    """`known`: the weight of energy, if it has been worked out."""
     columns = setting.columns(models)
-    weights = setting.policy(w_quality=1.0, w_latency=W_LATENCY, w_energy=w_energy, energy_ref_j=_reference_j(setting))
-    p = setting.predictions
+    w_latency = usual if setting.w_latency is None else setting.w_latency
+    w_energy = 0.0 if ratio is None else price(setting, models, ratio, w_latency) if known is None else known
+    weights = setting.policy(w_quality=1.0, w_latency=w_latency, w_energy=w_energy, energy_ref_j=_reference_j(setting))
+    learned = setting.learned
+    cascade = None if "cascade" in setting.off else learned.cascade(columns, compare="compare" not in setting.off)
 
     def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
-        quality, tokens = p.quality[work.row][:, columns], np.maximum(p.tokens_out[work.row][:, columns], 1.0)
-        again = None
-        if work.answered is not None and "retry" not in setting.off:
-            worth = quality - w_energy * tokens * setting.token_j(models) / weights.energy_ref_j
-            again = _retry(worth, work.answered)
-        return Scored(quality, work.tokens_in, tokens, weights, escalate=again)
+        rows, c = work.row, np.array(columns)
+        tokens = np.maximum(learned.judge.tokens_out[rows][:, c], 1.0)
+        quality = learned.judge.quality[rows][:, c]
+        if cascade is None or work.answered is None or setting.judge.answer is None:
+            return Scored(quality, work.tokens_in, tokens, weights)
+        own = _price(setting, models, tokens, w_energy, w_latency)
+        plan = cascade.plan(
+            quality, learned.judge.answers[rows][:, c], own,
+            compare="compare" not in setting.off, retry="retry" not in setting.off,
+        )  # fmt: skip
+        # Worth of asking a model first contains the price of doing so; scoring takes that off again, on the worker.
+        first = plan.worth + own
+        answers = setting.judge.answer[rows][:, c]
+        return Scored(first, work.tokens_in, tokens, weights, escalate=Cascaded(plan.step, answers))
 
-    return Plan(models, router, fixed, notes={"w_energy": w_energy})
-
-
-def _retry(worth: Array, answered: Array) -> Callable[[int, int, int], int]:
-    """An answer that could not be read is worth nothing: the next best model is asked, once."""
-    good: list[list[bool]] = answered.tolist()
-    order: list[list[int]] = np.argsort(-worth, axis=1).tolist()
-    values: list[list[float]] = worth.tolist()
-
-    def after(i: int, model: int, attempt: int) -> int:
-        if good[i][model] or attempt > 1:
-            return -1
-        other = next((o for o in order[i] if o != model), -1)
-        return other if other >= 0 and values[i][other] > 0.0 else -1
-
-    return after
+    return Plan(models, router, fixed, notes={"w_energy": w_energy, "w_latency": w_latency})
 
 
-def price(setting: Setting, models: tuple[str, ...], ratio: float) -> float:
+def _price(setting: Setting, models: tuple[str, ...], tokens: Array, w_energy: float, w_latency: float) -> Array:
+    """[n, k] what asking each model takes, in units of score: expected joules, and seconds on an idle device."""
+    built = setting.fleet(models)
+    best = np.argmax(built.fits, axis=1)
+    step_s = np.array([built.unit[i][w].step_s(TYPICAL_BATCH) for i, w in enumerate(best)])
+    joules = np.array([built.unit[i][w].decode_j for i, w in enumerate(best)])
+    late = np.log1p(tokens * step_s / setting.slo_s) * (w_latency / LN2)
+    return np.asarray(w_energy * tokens * joules / _reference_j(setting) + late)
+
+
+def price(setting: Setting, models: tuple[str, ...], ratio: float, w_latency: float) -> float:
     """The weight of energy with which the queries learned from, predicted by a model that has not seen them, would
     have cost `ratio` of the reference's energy: bisection on a logarithmic scale."""
     columns, joules = setting.columns(models), setting.token_j(models)
-    p, learn = setting.predictions, setting.learn
-    quality = p.learn_quality[:, columns]
-    expected = np.maximum(p.learn_tokens_out[:, columns], 1.0) * joules / _reference_j(setting)
+    own, learn = setting.learned.own, setting.learn
+    quality, answers = own.quality[:, columns], own.answers[:, columns]
+    tokens = np.maximum(own.tokens_out[:, columns], 1.0)
     real = np.nan_to_num(learn.tokens_out[:, columns]) * joules
-    rows = np.arange(len(learn))
-    answered = None if learn.answered is None or "retry" in setting.off else learn.answered[:, columns]
+    cascade = None
+    if "cascade" not in setting.off and learn.answered is not None and learn.answer is not None:
+        cascade = setting.learned.cascade(columns, compare="compare" not in setting.off)
 
     def spent(weight: float) -> float:
-        worth = quality - weight * expected
-        choice = np.argmax(worth, axis=1)
-        total = real[rows, choice]
-        if answered is not None:
-            worth[rows, choice] = -np.inf
-            second = np.argmax(worth, axis=1)
-            again = ~answered[rows, choice] & (worth[rows, second] > 0.0)
-            total = total + np.where(again, real[rows, second], 0.0)
-        return float(total.mean())
+        cost = _price(setting, models, tokens, weight, w_latency)
+        if cascade is None:
+            return float(real[np.arange(len(learn)), np.argmax(quality - cost, axis=1)].mean())
+        plan = cascade.plan(
+            quality, answers, cost, compare="compare" not in setting.off, retry="retry" not in setting.off
+        )
+        assert learn.answered is not None
+        assert learn.answer is not None
+        asked = play(plan, learn.answered[:, columns], learn.answer[:, columns]).asked
+        return float((asked * real).sum(axis=1).mean())
 
-    target = ratio * BUDGET_MARGIN * _reference_j(setting)
+    margin = FRONTIER_MARGIN if setting.latency_budget is None else BUDGET_MARGIN
+    target = ratio * margin * _reference_j(setting)
     if spent(0.0) <= target:
         return 0.0
-    low, high = 1e-4, 1e3
-    for _ in range(50):
+    low, high = 1e-3, 1e2
+    for _ in range(16):
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if spent(middle) > target else (low, middle)
     return high
@@ -136,24 +186,56 @@ def share(text: str) -> float:
 
 
 def _plain(setting: Setting, name: str) -> Plan:
+    """Routers that look at the query alone (`bench.sim.routers`)."""
     models = setting.small
-    columns = setting.columns(models)
 
     def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
-        n, k = len(work), len(models)
-        if name == "random":
-            return Fixed(np.random.default_rng(seed).integers(0, k, n))
-        if name == "round-robin":
-            return Fixed(np.arange(n) % k)
-        learned = np.nanmean(setting.learn.score[:, columns], axis=0)
-        if name == "best-single":
-            return Fixed(np.full(n, int(np.argmax(learned))))
         if name == "oracle":
             return Fixed(np.argmax(np.nan_to_num(work.score), axis=1))
-        best = {None: int(np.argmax(learned))}
-        categories = np.array([c or "" for c in setting.learn.categories])
-        for category in set(categories):
-            best[category] = int(np.argmax(np.nanmean(setting.learn.score[categories == category][:, columns], axis=0)))
-        return Fixed(np.array([best.get(setting.judge.categories[r] or "", best[None]) for r in work.row]))
+        scores = _baseline(setting, name, models, seed)
+        if name in {"random", "round-robin"}:  # these choose arrival by arrival, not by what is asked
+            order = np.arange(len(work)) % len(scores)
+            return Fixed(scores[order].argmax(axis=1))
+        return Fixed(scores[work.row].argmax(axis=1))
 
     return Plan(models, router, fixed)
+
+
+def _baseline(setting: Setting, name: str, models: tuple[str, ...], seed: int) -> Array:
+    """[judge, k] scores of a baseline, learned on the folder for learning."""
+    learn, judge = setting.learn.only(models), setting.judge.only(models)
+    made: dict[str, Callable[[], routers.Router]] = {
+        "random": lambda: routers.Random(seed),
+        "round-robin": routers.RoundRobin,
+        "best-single": routers.Single,
+        "category-best": routers.CategoryBest,
+        "semantic": lambda: routers.Semantic(_descriptions(setting, models)),
+        "knn": routers.Knn,
+        "ridge": routers.Ridge,
+        "linucb": lambda: routers.LinUcb(models, setting.embeddings_learn),
+    }
+    router = made[name]()
+    router.fit(learn, setting.embeddings_learn)
+    return router.scores(judge, setting.embeddings_judge)
+
+
+def _descriptions(setting: Setting, models: tuple[str, ...]) -> dict[str, Array]:
+    known = {model.name: model.description or model.name for model in setting.file.models}
+    return dict(zip(models, setting.embed([known[name] for name in models]), strict=True))
+
+
+def _as_described(setting: Setting) -> Plan:
+    """CALM as its paper describes it: likeness of query and description with live latency and energy in a weighted
+    sum, a fixed number of resident models, the least recently used of which makes room."""
+
+    def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
+        likeness = _baseline(setting, "semantic", setting.small, seed)
+        spread = likeness.max() - likeness.min()
+        tokens = np.nanmean(setting.learn.tokens_out[:, setting.columns(setting.small)], axis=0)
+        weights = setting.policy(**DESCRIBED_WEIGHTS, energy_ref_j=_reference_j(setting))
+        return Scored(
+            (likeness[work.row] - likeness.min()) / max(float(spread), 1e-9), work.tokens_in,
+            np.tile(tokens, (len(work), 1)), weights,
+        )  # fmt: skip
+
+    return Plan(setting.small, router, lambda _w, _f, _s: on_demand.Lru(None, DESCRIBED_RESIDENT))

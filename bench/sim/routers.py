@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bench.sim import learned
 from bench.sim.data import Outcomes
-from services.planner.decide.learn import linear
-from services.planner.decide.learn.quality import QualityModel
+from shared.learn import linear
+from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 
@@ -96,10 +96,11 @@ class CategoryBest:
     def fit(self, learn: Outcomes, x: Array) -> None:
         self._all = np.nanmean(learn.score, axis=0)
         names = np.array([c or "" for c in learn.categories])
-        self._of = {c: np.nanmean(learn.score[names == c], axis=0) for c in set(names) if c}
+        self._of: dict[str, Array] = {c: np.nanmean(learn.score[names == c], axis=0) for c in map(str, set(names)) if c}
 
     def scores(self, outcomes: Outcomes, x: Array) -> Array:
-        return np.stack([self._of.get(c or "", self._all) for c in outcomes.categories])
+        rows = [self._of[c] if c in self._of else self._all for c in outcomes.categories]  # noqa: SIM401 typed as never None
+        return np.stack(rows)
 
 
 class Knn:
@@ -184,6 +185,10 @@ class LinUcb:
         self._inverse = np.linalg.inv(self._a)
 
     def scores(self, outcomes: Outcomes, x: Array) -> Array:
+        return self.means(x)
+
+    def means(self, x: Array) -> Array:
+        """Expected scores [n, k], without the width."""
         return np.asarray(self._encode(x) @ np.einsum("kpq,kq->kp", self._inverse, self._b).T)
 
     def choose(self, x: Array) -> int:

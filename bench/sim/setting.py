@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bench.sim import arrivals
 from bench.sim.data import Outcomes, Trace
-from bench.sim.predict import Predictions
+from bench.sim.learned import Learned, Side
 from services.simulator import fleet as fleets
 from services.simulator.engine import Residency, Result, Router, Simulation, Workload
 from services.simulator.fleet import SimFleet
@@ -28,9 +28,11 @@ class Setting:
 
     learn: Outcomes
     judge: Outcomes
-    features_learn: Array
-    features_judge: Array
-    predictions: Predictions
+    embeddings_learn: Array
+    embeddings_judge: Array
+    learned: Learned
+    embed: Callable[[Sequence[str]], Array]
+    """Embeddings of texts, for models' descriptions."""
     file: fleets.File
     profile: Profile
     reference: str
@@ -43,10 +45,19 @@ class Setting:
     shift_s: float = 0.0
     budget: float = 0.19
     """Share of the reference's energy that `calm-escalate` may use."""
+    latency_budget: float | None = None
+    """Share of the reference's mean latency that `calm-escalate` may take."""
+    w_latency: float | None = None
+    """Weight of latency; each policy's own when left out."""
     memory_for: int = 0
     workers: int = 0
     off: frozenset[str] = frozenset()
     """Mechanisms switched off (`--ablate`)."""
+
+    @property
+    def predictions(self) -> Side:
+        """What is predicted for the queries to judge."""
+        return self.learned.judge
 
     def columns(self, models: Sequence[str]) -> list[int]:
         return [self.judge.models.index(name) for name in models]

@@ -48,7 +48,8 @@ def _route(route: m.Route) -> list[str]:
     lines = [
         "",
         f"decision: {route.reason} - {route.why}",
-        f"  by {route.planner} in {route.decided_in_s * 1e3:.2f} ms, knowledge version {route.knowledge_version}",
+        f"  by {route.planner} in {route.decided_in_s * 1e3:.2f} ms, knowledge version {route.knowledge_version},"
+        f" learned version {route.learned_version or 'none'}, propensity {route.propensity:.3f}",
         f"  weights: {weights}"
         + (f", for objectives version {route.objectives_version}" if route.objectives_version else ""),
         "  domains: " + ", ".join(f"{name} {p:.2f}" for name, p in domains),

@@ -15,6 +15,7 @@ from nats.aio.subscription import Subscription
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.monitor.learning import Learning
+from services.monitor.trust import Trust
 from services.monitor.writer import Unwritable, Writer
 from shared import codec, subjects
 from shared import messages as m
@@ -33,12 +34,22 @@ class Answers:
     """Serves knowledge requests, feedback, and the intakes' reports of refused input."""
 
     def __init__(
-        self, bus: Bus, store: Store, writer: Writer, learning: Learning, clock: Callable[[], float], log: Any
+        self,
+        bus: Bus,
+        store: Store,
+        writer: Writer,
+        learning: Learning,
+        trust: Trust,
+        clock: Callable[[], float],
+        log: Any,
+        on_judged: Callable[[str], None] = lambda _card: None,
     ) -> None:
         self._bus = bus
         self._store = store
         self._writer = writer
         self._learning = learning
+        self._trust = trust
+        self._on_judged = on_judged
         self._clock = clock
         self._log = log
         self._room = asyncio.Semaphore(AT_ONCE)
@@ -127,10 +138,15 @@ class Answers:
         given = decode(message, m.Feedback)
         card = await self._card_of(given.query_id)
         at = self._clock()
-        row = {"query_id": given.query_id, "score": given.score, "label": given.label, "card": card, "at": at}
+        row = {
+            "query_id": given.query_id, "score": given.score, "label": given.label, "card": card, "at": at,
+            "source": "",
+        }  # fmt: skip
         await self._writer.write("feedback", row)
         if card:
             self._learning.on_feedback(card, given)
+            await self._trust.on_judged(given.query_id, card, given.score)
+            self._on_judged(card)
         return m.Ok(message="Thank you: the feedback is stored.")
 
     async def _card_of(self, query_id: str) -> str:

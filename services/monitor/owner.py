@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -12,8 +13,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.monitor.answers import Answers
 from services.monitor.learning import Learning
+from services.monitor.probing import Probing
 from services.monitor.recorder import Recorder
 from services.monitor.registry import Registry
+from services.monitor.trust import Trust
 from services.monitor.writer import Writer
 from shared import codec, subjects
 from shared import messages as m
@@ -36,23 +39,38 @@ _LEAST_DAYS = 2.0
 class Base:
     """The parts that work on one open knowledge base."""
 
-    def __init__(self, context: Context, registry: Registry) -> None:
+    def __init__(self, context: Context, registry: Registry, workers: Callable[[], Sequence[m.WorkerState]]) -> None:
         self._context = context
         self._bus = context.bus
         self._registry = registry
         self._store = Store(context.settings.database_url)
         self._writer = Writer(self._store)
         self._learning = Learning(self._bus, self._store, self._writer, context.clock)
+        self._trust = Trust(self._bus, self._store, self._writer, context.clock, context.log)
+        self._probing = Probing(
+            self._bus, self._writer, self._trust, registry.probes, lambda: list(registry.cards or {}), workers,
+            context.clock, context.log,
+        )  # fmt: skip
         self._recorder = Recorder(
             self._bus,
             self._writer,
             on_done=self._learning.on_done,
             on_operation=self._learning.on_operation,
+            on_route=self._on_route,
             device_class=self._learning.device_class,
             clock=context.clock,
             log=context.log,
         )
-        self._answers = Answers(self._bus, self._store, self._writer, self._learning, context.clock, context.log)
+        self._answers = Answers(
+            self._bus,
+            self._store,
+            self._writer,
+            self._learning,
+            self._trust,
+            context.clock,
+            context.log,
+            self._probing.on_judged,
+        )
         self._sampled: dict[str, float] = {}
         self._symptoms: Subscription | None = None
         self._stopping = asyncio.Event()
@@ -66,9 +84,11 @@ class Base:
         await self._store.open()
         self._writer.start()
         await self._learning.start()
+        await self._trust.start()
         await self._recorder.start()
         self._symptoms = await self._bus.subscribe(subjects.symptom(">"), self._on_symptom)
         await self._answers.start()
+        self._probing.start()
         self.note_cards()
         self._retention = asyncio.create_task(self._forget())
 
@@ -81,14 +101,17 @@ class Base:
         if self._symptoms is not None:
             with contextlib.suppress(Exception):
                 await self._symptoms.unsubscribe()
+        await self._probing.stop()
         await self._answers.stop(timeout_s)
         await self._recorder.stop(timeout_s)
+        await self._trust.stop()
         await self._learning.stop()
         await self._writer.stop()
         await self._store.close()
 
     def note_cards(self) -> None:
         """Keep the cards as published."""
+        self._trust.use(list(self._registry.cards or {}))
         for card in (self._registry.cards or {}).values():
             self._writer.note("models", rows.card(card, self._context.clock()))
 
@@ -99,6 +122,10 @@ class Base:
             self._sampled[state.worker] = state.at
             self._writer.note("workers", rows.worker(state))
             self._writer.note("device_samples", rows.sample(state))
+
+    def _on_route(self, route: m.Route) -> None:
+        self._trust.on_route(route)
+        self._probing.on_route(route)
 
     async def _on_symptom(self, message: Msg) -> None:
         self._writer.note("symptoms", rows.symptom(codec.unpack(message.data, m.Symptom)))
@@ -172,7 +199,7 @@ class Owner:
             self._changed.clear()
 
     async def _open(self) -> bool:
-        base = Base(self._context, self._registry)
+        base = Base(self._context, self._registry, self._fleet.workers)
         try:
             await base.start()
         except (SQLAlchemyError, OSError) as error:

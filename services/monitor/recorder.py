@@ -32,6 +32,7 @@ class Recorder:
         *,
         on_done: Callable[[m.Done], None],
         on_operation: Callable[[m.Operation], None],
+        on_route: Callable[[m.Route], None],
         device_class: Callable[[str], str],
         clock: Callable[[], float],
         log: Any,
@@ -40,6 +41,7 @@ class Recorder:
         self._writer = writer
         self._on_done = on_done
         self._on_operation = on_operation
+        self._on_route = on_route
         self._device_class = device_class
         self._clock = clock
         self._log = log
@@ -105,7 +107,9 @@ class Recorder:
             accepted = codec.unpack(data, m.Accepted)
             await self._writer.write("queries", rows.query(accepted, at))
         elif subject == subjects.DECISION_ROUTE:
-            await self._writer.write("decisions", rows.decision(codec.unpack(data, m.Route), at))
+            route = codec.unpack(data, m.Route)
+            await self._writer.write("decisions", rows.decision(route, at))
+            self._on_route(route)
         elif subject == subjects.DECISION_PLACEMENT:
             await self._writer.write("placements", rows.placement(codec.unpack(data, m.Placement), at))
         elif subject == subjects.DECISION_CONTROL:

@@ -37,6 +37,7 @@ class Registry:
         self._task: asyncio.Task[None] | None = None
         self._on_publish: list[Callable[[], None]] = []
         self.policy = fleet_file.policy(fleet)
+        self.probes = fleet.probes
         self.cards: dict[str, m.Card] | None = None
         self.problem = "models are looked for"
 

@@ -9,7 +9,8 @@ import nats.errors
 from nats.aio.msg import Msg
 
 from services.planner.decide import cost, objectives, residency
-from services.planner.decide.outlook import Outlook, warm_row
+from services.planner.decide.learned import Learned
+from services.planner.decide.outlook import FORECAST_FROM, Outlook, warm_row
 from services.planner.decide.residency import Demand
 from services.planner.decide.routing import State
 from services.planner.decide.scoring import slope_of_penalty
@@ -18,10 +19,9 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
+from shared.learn.live import Learner
 from shared.views import ControlView, FleetView, ModelsView
 
-FORECAST_FROM = 20
-"""Routed queries from which on residency trusts its forecast."""
 PATIENCE = 0.6
 """Share of the rent-or-buy threshold at which a grouped load begins (`bench.residency` compares values)."""
 CHARGES_S = 1.0
@@ -41,6 +41,7 @@ class Knowledge:
         self.qos = m.Qos()
         self.demand: dict[str, Demand] = {}
         self._standings = Standings()
+        self._learner: tuple[int, Learner | None] = (0, None)
         self._outlook = Outlook(())
         self._charges: dict[str, tuple[float, float, float]] = {}
         self._charged_at = 0.0
@@ -72,8 +73,20 @@ class Knowledge:
             waiting={artifact: d.waiting for artifact, d in self.demand.items()},
             planner=self._planner,
             standings=self._standings,
+            learned=self._learned_now(),
             charges=self._charges_now(),
         )
+
+    def _learned_now(self) -> Learned:
+        """Learned quality as last told, decoded once for each version."""
+        told = self.control.learned.get("quality")
+        if told is not None and told[0] != self._learner[0]:
+            try:
+                self._learner = (told[0], Learner.from_bytes(told[1]))
+            except ValueError:  # of another version of this program: the cards' own scores stand until it is new
+                self._learner = (told[0], None)
+        version, learner = self._learner
+        return Learned(learner, version if learner is not None else 0, self.control.standings)
 
     def specs(self) -> dict[str, m.ArtifactSpec]:
         return {card.artifact.name: card.artifact for card in self.models.cards.values()}

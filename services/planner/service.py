@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import structlog
 from nats.aio.msg import Msg
 
@@ -17,9 +18,12 @@ from services.planner.placement import Placement
 from shared import codec, subjects
 from shared import messages as m
 from shared.errors import DeadlineExpired
+from shared.learn.live import compact
 from shared.puller import Puller
 from shared.runtime import Context
 
+DRAWS = 32
+"""Draws of Thompson sampling for a decision: propensities are exact for these draws, however few."""
 RETRY_S = 0.25
 """A query that meets no worker at all goes back to the queue for this long."""
 REHEARSALS = 32
@@ -34,6 +38,7 @@ class Planner:
         self._log = context.log
         self._knowledge = Knowledge(self._bus, context.instance, context.clock, self._on_change)
         self._placement = Placement(self._bus, self._knowledge, context.instance, context.clock, self._log)
+        self._random = np.random.default_rng()
         self._control = Control(
             self._bus,
             self._knowledge.models,
@@ -113,11 +118,13 @@ class Planner:
             await message.nak(delay=RETRY_S)
             return
         began = time.perf_counter()
-        route = routing.decide(analyzed, state, now)
+        chance = routing.Chance(self._random.standard_normal((DRAWS, len(state.cards))), self._random.random())
+        route = routing.decide(analyzed, state, now, chance)
         route = msgspec.structs.replace(
             route,
             decided_in_s=time.perf_counter() - began,
             objectives_version=self._control.version,
+            embedding=compact(analyzed.profile.embedding),
         )
         decision = self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{accepted.query_id}-route")
         if route.order:

@@ -55,7 +55,7 @@ class Router(Protocol):
         """(model, worker) for query i; worker -1 leaves it to who is free."""
 
     def after(self, i: int, model: int, attempt: int, now: float, fleet: Fleet) -> int:
-        """The model to ask next, or -1 when the answer stands."""
+        """The model to ask next; -1 when this answer stands; -2 - m when the earlier answer of model m does."""
 
     def observe(self, i: int, model: int, latency_s: float, energy_j: float, now: float) -> None:
         """Query i has ended."""
@@ -347,6 +347,7 @@ class Simulation:
     def _step(self, engine: Engine, now: float) -> None:
         """Sequences end; queued queries take their slots."""
         n, heap = engine.n, engine.heap
+        engine.wake = -1.0  # a second event may stand at this very time
         dv = (now - engine.at) / engine.step
         engine.v += dv
         spent = dv * (engine.base_j / n + engine.more_j)
@@ -388,6 +389,8 @@ class Simulation:
                 self.residency.routed(self, i, further, now)
                 self._dispatch(i, further, -1, now)
                 continue
+            if further < -1:
+                self._model[i] = -2 - further
             latency = now - self._born[i] + self.fleet.overhead_s
             self._done[i] = latency
             self._open -= 1

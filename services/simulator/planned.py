@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.planner.decide import residency
-from services.planner.decide.outlook import Outlook
+from services.planner.decide.outlook import FORECAST_FROM, Outlook
 from services.planner.decide.residency import Demand, Forecast, Pending, Swap
 from services.planner.decide.scoring import LN2, Weights
 from services.simulator.engine import DRAINING, LOADING, READY, Simulation, warm_start
@@ -128,8 +128,10 @@ class Planned:
         """What a load of this model would mean to others, as of the last pass."""
         return self._charges.get(sim.fleet.names[model])
 
-    def _forecast(self, sim: Simulation, now: float) -> Forecast:
+    def _forecast(self, sim: Simulation, now: float) -> Forecast | None:
         options = self.options
+        if not options.foresight_s and self._outlook.count < FORECAST_FROM:
+            return None
         if options.foresight_s:
             first, last = np.searchsorted(self._arrival_s, (now, now + options.foresight_s))
             picked = range(first, last, max(1, (last - first) // 512))
@@ -178,7 +180,7 @@ class Planned:
             workers=workers, specs=self._specs, pinned=frozenset(), popularity={}, demand=demand,
             load_s=self._load_s, pending=pending, held_back=frozenset(), policy=policy, now=now, forecast=forecast,
         )  # fmt: skip
-        if self.options.burden and sim.scoring.joint:
+        if forecast is not None and self.options.burden and sim.scoring.joint:
             self._charges = residency.charges(
                 workers=workers, specs=self._specs, pinned=frozenset(), demand=demand, load_s=self._load_s,
                 policy=policy, now=now, forecast=forecast,

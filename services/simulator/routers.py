@@ -75,6 +75,26 @@ class Scored:
                 self.weights = new
 
 
+class Cascaded:
+    """What to do after each attempt, by `learn.cascade.Plan.step` of the planner: for `Scored(escalate=...)`."""
+
+    def __init__(self, step: Callable[[int, list[tuple[int, str]]], tuple[str, int]], answers: Array) -> None:
+        """`answers` [n, m]: what each model would say, empty where nothing can be read."""
+        self._step = step
+        self._answers: list[list[str]] = answers.tolist()
+        self._heard: dict[int, list[tuple[int, str]]] = {}
+
+    def __call__(self, i: int, model: int, attempt: int) -> int:
+        """The next model, -1 for this one's answer, -2 - m for the earlier one of m."""
+        heard = self._heard.setdefault(i, [])
+        heard.append((model, self._answers[i][model]))
+        what, other = self._step(i, heard)
+        if what == "ask":
+            return other
+        del self._heard[i]
+        return -1 if other == model else -2 - other
+
+
 def barred(models: int, allowed: Sequence[int]) -> Array:
     """[m] to add to quality: 0 for the allowed models, minus infinity for the others."""
     result = np.full(models, -np.inf)

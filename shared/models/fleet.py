@@ -76,6 +76,17 @@ class EmbedderSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the folder's model.safetensors."""
 
 
+class ProbeSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A golden probe: a question whose right answer is known, asked with spare capacity to keep watch on the cards."""
+
+    prompt: Annotated[str, Meta(min_length=1)]
+    expect: Annotated[str, Meta(min_length=1)]
+    """Regular expression that a right answer matches somewhere; upper and lower case are alike."""
+    cards: list[Slug] = []
+    """Only these cards are asked; all when empty."""
+    max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 96
+
+
 class FleetFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fleet: FleetSection
     models: Annotated[list[ModelSection], Meta(min_length=1)]
@@ -83,3 +94,4 @@ class FleetFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     embedder: EmbedderSection = EmbedderSection()
     qos: QosSection = QosSection()
     residency: ResidencySection = ResidencySection()
+    probes: list[ProbeSection] = []

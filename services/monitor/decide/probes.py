@@ -7,11 +7,14 @@ so that a model that gets little traffic is not forgotten.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 OFTEN = 20
-"""Queries between two probes while some model is quarantined or under suspicion: 5 % of the traffic."""
+"""Queries between two probes while some model is quarantined or under suspicion: 5 % of the traffic,"""
+OFTEN_S = 5.0
+"""or this many seconds, where there is little traffic."""
 SELDOM = 200
 """Queries between two probes otherwise: 0.5 % of the traffic."""
 
@@ -35,6 +38,28 @@ def choose(watched: Sequence[Watched], count: int) -> str | None:
     if not watched or count % SELDOM:
         return None
     return max(watched, key=_order).card
+
+
+def due(watched: Sequence[Watched], since: int, since_s: float, *, spare: bool) -> str | None:
+    """The same for a system that runs by the clock: the card to probe now, or None.
+
+    Args:
+        watched: the cards that there are probes for.
+        since: queries since the last probe.
+        since_s: seconds since the last probe ended.
+        spare: nobody waits for capacity; a probe never makes anyone wait.
+    """
+    if not spare or not watched:
+        return None
+    urgent = [w for w in watched if w.quarantined or w.warning]
+    if urgent and (since >= OFTEN or since_s >= OFTEN_S):
+        return max(urgent, key=_order).card
+    return max(watched, key=_order).card if since >= SELDOM else None
+
+
+def score(text: str, expect: str) -> float:
+    """1 for an answer that the expected pattern is found in, else 0."""
+    return 1.0 if re.search(expect, text, re.IGNORECASE) else 0.0
 
 
 def _order(watched: Watched) -> tuple[int, bool, str]:

@@ -30,6 +30,8 @@ Array = NDArray[Any]
 ROWS = 512
 SHORT_S = 60.0
 LONG_S = 600.0
+FORECAST_FROM = 20
+"""Routed queries from which on residency trusts a forecast."""
 SHORT_SHARE = 0.75
 """Weight of the short horizon in the forecast."""
 

@@ -18,9 +18,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
+from services.planner.decide import learned as learning
 from services.planner.decide import scoring
+from services.planner.decide.learned import Learned
 from services.planner.decide.scoring import Limits, Scores, latency_penalty
 from services.planner.decide.standing import Predictor, Standing, Standings
 from shared import messages as m
@@ -42,17 +45,34 @@ class State:
     """What loading an artifact costs others: (burden, delay_s, sharing), told by the residency planner."""
     predictor: Predictor | None = None
     """Learned quality; the cards' own scores without it."""
+    learned: Learned | None = None
+    """What judgements say, and which cards are trusted; None leaves both out."""
     standings: Standings = field(default_factory=Standings)
     """Arrays kept between decisions; a fresh one only costs time."""
 
 
-def decide(analyzed: m.Analyzed, state: State, now: float) -> m.Route:
-    """Choose. The route's `order` is empty when no candidate stands; `refusal` then says why."""
+@dataclass(frozen=True)
+class Chance:
+    """Randomness for exploration: standard normal draws [s, k or more] and a uniform number from 0 to 1."""
+
+    normal: scoring.Array
+    uniform: float
+
+
+def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None = None) -> m.Route:
+    """Choose. The route's `order` is empty when no candidate stands; `refusal` then says why.
+
+    With `chance`, a candidate other than the best is chosen now and then, where learning promises something from it.
+    """
     query = analyzed.accepted.query
     weights = weights_of(query.preference, state.policy)
     candidates = _candidates(analyzed, state, weights, now)
     standing = sorted((c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card))
     reason = _reason(query, standing, candidates)
+    propensity = 1.0
+    if chance is not None and reason == "best_utility":
+        standing, propensity = _explored(standing, weights["w_q"], chance, state.policy.explore)
+        reason = "explored" if standing[0].utility < max(c.utility for c in standing) else reason
     best = standing[0] if standing else None
     second = standing[1] if len(standing) > 1 else None
     return m.Route(
@@ -65,7 +85,9 @@ def decide(analyzed: m.Analyzed, state: State, now: float) -> m.Route:
         margin=best.utility - second.utility if best and second else 0.0,
         flip=_flip(best, second, weights, state.policy) if best and second else "",
         weights=weights,
+        propensity=propensity,
         knowledge_version=state.qos.version,
+        learned_version=state.learned.version if state.learned is not None else 0,
         domains=analyzed.profile.domains,
         decided_at=now,
         planner=state.planner,
@@ -125,7 +147,13 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
     expected = np.where(np.isnan(standing.tokens_mean), profile.tokens_out, standing.tokens_mean)
     room = np.maximum(standing.context - tokens_in, 0.0)
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
-    q, terms = standing.prior.predict(profile) if state.predictor is None else state.predictor(analyzed, cards)  # 4
+    if state.learned is not None:  # 4
+        promised, terms = standing.promise.predict(profile)
+        q, _, terms = learning.predict(state.learned, profile, cards, promised, terms)
+    elif state.predictor is not None:
+        q, terms = state.predictor(analyzed, cards)
+    else:
+        q, terms = standing.prior.predict(profile)
     if not state.workers or all(w.draining for w in state.workers):
         scores = None
     else:
@@ -143,6 +171,8 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
             ),
         )  # fmt: skip
     outside = _outside(query, standing, tokens_in)
+    if state.learned is not None and query.model is None:
+        outside = _quarantine(outside, standing, state.learned)
     left_s = analyzed.accepted.deadline_at - now
     return _explain(
         query, standing, outside, q.tolist(), terms, scores, tokens_in.tolist(), tokens_out.tolist(), left_s
@@ -161,6 +191,29 @@ def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> li
         or (None if fits[k] else "does_not_fit")
         for k, card in enumerate(standing.cards)
     ]
+
+
+def _quarantine(outside: list[str | None], standing: Standing, learned: Learned) -> list[str | None]:
+    """1: a quarantined card is out, unless nothing else is in. Who asks for it by name gets it."""
+    strict = [
+        reason or ("quarantined" if learned.quarantined(card.name) else None)
+        for reason, card in zip(outside, standing.cards, strict=True)
+    ]
+    return strict if any(reason is None for reason in strict) else outside
+
+
+def _explored(
+    standing: list[m.Candidate], w_q: float, chance: Chance, budget: float
+) -> tuple[list[m.Candidate], float]:
+    """The candidates with the one that is drawn in front, and the probability that it had."""
+    utility = np.array([c.utility for c in standing])
+    spread = np.array([w_q * c.terms.get("std", 0.0) * c.terms.get("scale", 1.0) for c in standing])
+    share = learning.shares(utility, spread, chance.normal[:, : len(standing)], budget)
+    chosen = learning.draw(share, chance.uniform)
+    front = standing[chosen]
+    bonus = {"explore_spread": float(spread[chosen]), "explored": float(chosen != 0)} if spread.any() else {}
+    front = msgspec.structs.replace(front, terms={**front.terms, **bonus})
+    return [front, *standing[:chosen], *standing[chosen + 1 :]], float(share[chosen])
 
 
 def _explain(

@@ -31,6 +31,8 @@ class Standing:
         self.row = {name: i for i, name in enumerate(specs)}
         self.artifact_of = np.array([self.row[card.artifact.name] for card in cards], np.intp)
         self.prior = quality.Prior(cards, qos)
+        self.promise = quality.Prior(cards, m.Qos())
+        """What the cards promise, feedback left out: what learning is relative to."""
         self.context = np.array([card.artifact.context for card in cards])
         self.most_tokens = np.array([card.max_tokens for card in cards], np.float64)
         answered = {c.card: c for c in qos.cards if c.answered >= 5}

@@ -16,10 +16,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide.learn.arrays import Packed, pack, unpack
-from services.planner.decide.learn.hierarchy import Prior, Sums
-from services.planner.decide.learn.quality import QualityModel
-from services.planner.decide.learn.topics import CLUSTERS, clusters
+from shared.learn.arrays import Packed, pack, unpack
+from shared.learn.hierarchy import Prior, Sums
+from shared.learn.quality import QualityModel
+from shared.learn.topics import CLUSTERS, clusters
 
 Array = NDArray[np.float64]
 

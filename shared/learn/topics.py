@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide.learn import linear
+from shared.learn import linear
 
 Array = NDArray[np.float64]
 

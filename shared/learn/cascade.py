@@ -33,8 +33,10 @@ Integers = NDArray[np.int64]
 
 KEEP, SECOND = -1, -2
 """Actions beside the index of a model to ask: take the first model's answer, take the second's."""
-STRENGTH = 25.0
-"""Observations that weigh as much as the belief that a sight says nothing."""
+STRENGTH = 200.0
+"""Observations that weigh as much as the belief that a sight says nothing. Of many plans the one that chance flatters
+looks best, so lines are drawn in firmly: with a 70 B model at 0.27 of its energy, 25, 100 and 400 give 0.526, 0.529 and
+0.531, and 1.8, 1.8 and 1.6 attempts a query (mean of two cross-validations of two folds)."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide.learn.quality import QualityModel
+from shared.learn.quality import QualityModel
 
 Array = NDArray[np.float64]
 

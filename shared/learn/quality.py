@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide.learn import hierarchy, linear
-from services.planner.decide.learn.arrays import Packed, pack, unpack
-from services.planner.decide.learn.topics import CLUSTERS, Topics, clusters, supervised
+from shared.learn import hierarchy, linear
+from shared.learn.arrays import Packed, pack, unpack
+from shared.learn.topics import CLUSTERS, Topics, clusters, supervised
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,199 @@
+"""What judgements teach: learned quality and how far each card is trusted; told to planners, kept across restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import nats.errors
+
+from services.monitor.writer import Writer
+from shared import messages as m
+from shared import subjects
+from shared.bus import Bus
+from shared.knowledge import reads
+from shared.knowledge.store import Store
+from shared.learn import standing
+from shared.learn.live import Learner, embedding, pieces
+from shared.learn.standing import Standing
+from shared.tasks import end
+
+TELL_S = 1.0
+STORE_S = 60.0
+PIECE_BYTES = 512 * 1024
+"""Learned parameters travel in pieces of this size, below NATS's default payload limit of 1 MiB."""
+ROUTES = 10_000
+"""Latest decisions kept in memory; an older one is looked up when its judgement comes."""
+KEEP_OLD = 0.1
+"""Of a drifting card, what is known counts this much of what it did, once its new level is accepted."""
+_LEARNED, _STANDINGS = "learned", "standings"
+
+
+class Trust:
+    """The learner and the cards' standings, owned by the knowledge owner."""
+
+    def __init__(self, bus: Bus, store: Store, writer: Writer, clock: Callable[[], float], log: Any) -> None:
+        self._bus = bus
+        self._store = store
+        self._writer = writer
+        self._clock = clock
+        self._log = log
+        self._routes: OrderedDict[str, m.Route] = OrderedDict()
+        self._learner = Learner(())
+        self._standings: dict[str, Standing] = {}
+        self._reasons: dict[str, tuple[str, float]] = {}
+        self._version = 0
+        self._fresh = False
+        self._changed: set[str] = set()
+        self._symptoms: list[m.Symptom] = []
+        self._stored_at = clock()
+        self._stored_version = 0
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def learner(self) -> Learner:
+        return self._learner
+
+    @property
+    def standings(self) -> dict[str, Standing]:
+        """By card; a card without judgements is absent."""
+        return self._standings
+
+    async def start(self) -> None:
+        """Take up what was stored last, tell it, and go on."""
+        async with self._store.read() as connection:
+            learned = await reads.latest_parameter(connection, _LEARNED)
+            stood = await reads.latest_parameter(connection, _STANDINGS)
+        if learned is not None:
+            self._version = self._stored_version = learned[0]
+            try:
+                self._learner = Learner.from_bytes(learned[1])
+                self._fresh = self._learner.ready
+            except ValueError as error:
+                self._log.warning("learned_parameters_unusable", error=str(error), remedy="They are learned anew.")
+        if stood is not None:
+            with contextlib.suppress(msgspec.MsgspecError):
+                self._standings = msgspec.msgpack.decode(stood[1], type=dict[str, Standing])
+                self._changed = set(self._standings)
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            await end([self._task])
+            self._keep()
+
+    def use(self, cards: list[str]) -> None:
+        """The fleet's cards."""
+        if cards:
+            self._learner.use(cards)
+
+    # --- what happened ---
+
+    def on_route(self, route: m.Route) -> None:
+        """A query was routed."""
+        self._routes[route.query_id] = route
+        if len(self._routes) > ROUTES:
+            self._routes.popitem(last=False)
+        if route.embedding:
+            self._learner.seen(embedding(route.embedding))
+
+    async def on_judged(self, query_id: str, card: str, score: float) -> None:
+        """An answer was judged, by a person or a golden probe."""
+        route = self._routes.get(query_id)
+        if route is None:
+            record = await reads.query(self._store, query_id)
+            route = record.route if record is not None else None
+        candidate = next((c for c in route.candidates if c.card == card), None) if route is not None else None
+        if route is None or candidate is None:
+            return  # decided before this version, or the decision has been forgotten: nothing to compare with
+        self.judge(card, score, candidate, route.embedding)
+
+    def judge(self, card: str, score: float, candidate: m.Candidate, features: bytes) -> None:
+        """Learn from a judgement, and compare it with what had been predicted."""
+        scale = candidate.terms.get("scale", 1.0)
+        predicted = min(max(candidate.quality / max(scale, 1e-6), 0.0), 1.0)
+        before = self._standings.get(card, Standing())
+        after, event = standing.judged(before, predicted, score)
+        self._standings[card] = after
+        if after.state == "healthy" and self._learner.judged(
+            card, embedding(features), candidate.terms.get("prior", candidate.quality), score
+        ):
+            self._fresh = True
+        if event is not None:
+            self._happened(card, event, before, after)
+
+    def _happened(self, card: str, event: str, before: Standing, after: Standing) -> None:
+        now = self._clock()
+        self._reasons[card] = (event, now)
+        self._changed.add(card)
+        if event == "rebased":
+            self._learner.changed(card, KEEP_OLD)
+        detail = {
+            "drift": f"answers became worse than predicted, noticed after {after.since or before.since + 1} judgements",
+            "restored": "answers are as good as they used to be: trusted again",
+            "rebased": f"answers stay worse: taken back at {after.scale:.2f} of the quality predicted before",
+        }[event]
+        self._log.warning("standing_changed", card=card, kind=event, detail=detail)
+        kind = "drift" if event == "drift" else "recovery"
+        symptom = m.Symptom(kind=kind, subject=card, detail=detail, value=before.evidence, at=now)  # type: ignore[arg-type]
+        self._symptoms.append(symptom)
+
+    # --- telling and keeping ---
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(TELL_S)
+            try:
+                await self._tell()
+            except (TimeoutError, OSError, nats.errors.Error) as error:
+                self._log.warning("learned_not_told", error=str(error) or type(error).__name__)
+            if self._clock() - self._stored_at >= STORE_S:
+                self._keep()
+
+    async def _tell(self) -> None:
+        bucket = subjects.BUCKET_CONTROL
+        while self._symptoms:
+            symptom = self._symptoms.pop(0)
+            await self._bus.send(subjects.symptom(symptom.kind), symptom)  # the owner records what it hears
+        while self._changed:
+            card = self._changed.pop()
+            try:
+                await self._bus.kv_put(bucket, subjects.standing_key(card), self.stands(card))
+            except BaseException:
+                self._changed.add(card)
+                raise
+        if not self._fresh or not self._learner.ready:
+            return
+        self._version = max(self._version + 1, int(self._clock()))
+        data = pieces(self._learner.to_bytes(), PIECE_BYTES)
+        for index, piece in enumerate(data):
+            part = m.LearnedPart(name="quality", version=self._version, index=index, count=len(data), data=piece)
+            await self._bus.kv_put(bucket, subjects.learned_key("quality", index), part)
+        self._fresh = False
+
+    def stands(self, card: str) -> m.CardStanding:
+        """How a card stands, as planners are told."""
+        now = self._standings.get(card, Standing())
+        reason, at = self._reasons.get(card, ("", 0.0))
+        return m.CardStanding(
+            card=card, state=now.state, scale=now.scale, reason=reason, evidence=now.evidence,
+            judgements=now.since, at=at,
+        )  # fmt: skip
+
+    def _keep(self) -> None:
+        """Store learner and standings under a version of their own."""
+        now = self._clock()
+        self._stored_at = now
+        if not self._standings and not self._learner.judgements:
+            return
+        version = max(self._version, self._stored_version + 1)
+        self._version = self._stored_version = version
+        for name, record in (
+            (_LEARNED, self._learner.to_bytes()),
+            (_STANDINGS, msgspec.msgpack.encode(self._standings)),
+        ):
+            self._writer.note("parameters", {"name": name, "version": version, "at": now, "record": record})

@@ -1,1 +1,0 @@
-"""What is learned about models: quality, output length, when to escalate; online, with uncertainty. Pure numpy."""

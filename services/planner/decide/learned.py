@@ -1,0 +1,98 @@
+"""Learned quality in routing: what judgements say beside what cards promise, trust in cards, and exploration. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared import messages as m
+from shared.learn.live import Learner
+
+Array = NDArray[Any]
+Terms = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the knowledge owner told: the learner and its version, and how the cards stand."""
+
+    learner: Learner | None = None
+    version: int = 0
+    standings: Mapping[str, m.CardStanding] = field(default_factory=dict)
+
+    def quarantined(self, card: str) -> bool:
+        standing = self.standings.get(card)
+        return standing is not None and standing.state == "quarantined"
+
+    def scale(self, card: str) -> float:
+        standing = self.standings.get(card)
+        return standing.scale if standing is not None else 1.0
+
+
+def predict(
+    learned: Learned, profile: m.Profile, cards: Sequence[m.Card], prior: Array, terms: Terms
+) -> tuple[Array, Array, Terms]:
+    """Quality of each card for a query, 0 to 1.
+
+    Args:
+        learned: what is known.
+        profile: of the query.
+        cards: k cards.
+        prior: [k] what they promise for it.
+        terms: of the prior, one for each card.
+
+    Returns:
+        [k] quality, [k] standard deviation of that expectation (0 where nothing is learned), and terms: those given,
+        with `prior`, and `learned` (the mean added to it), `std`, `scale` where they apply.
+    """
+    k = len(cards)
+    mean, std = np.zeros(k), np.zeros(k)
+    x = np.frombuffer(profile.embedding, "<f4").astype(np.float64)
+    learner = learned.learner
+    if learner is not None and learner.quality is not None and len(x) == len(learner.quality.topics.centre):
+        row = {name: i for i, name in enumerate(learner.cards)}
+        known = [i for i, card in enumerate(cards) if card.name in row]
+        columns = [row[cards[i].name] for i in known]
+        found = learner.quality.predict(x[None, :])
+        mean[known], std[known] = found.mean[0, columns], found.std[0, columns]
+    scale = np.array([learned.scale(card.name) for card in cards])
+    quality = np.clip((prior + mean) * scale, 0.0, 1.0)
+    for i, term in enumerate(terms):
+        term["prior"] = float(prior[i])
+        if learner is not None:
+            term["learned"], term["std"] = float(mean[i]), float(std[i])
+        if scale[i] != 1.0:
+            term["scale"] = float(scale[i])
+    return quality, std, terms
+
+
+def shares(utility: Array, spread: Array, normal: Array, budget: float) -> Array:
+    """Probabilities [k] with which each candidate is to be chosen: Thompson sampling within a budget.
+
+    The share of draws in which a candidate is the best when each utility deviates by `spread` (Thompson, Biometrika
+    25, 1933). The best guess keeps at least 1 - `budget`.
+
+    Args:
+        utility: [k] of those that stand.
+        spread: [k] standard deviation of the part of utility that quality is.
+        normal: [s, k] standard normal draws.
+        budget: largest probability of not choosing the best guess.
+    """
+    best = int(np.argmax(utility))
+    if budget <= 0.0 or len(normal) == 0 or not spread.any():
+        return np.asarray(np.eye(len(utility))[best])
+    share = np.bincount((utility + spread * normal).argmax(axis=1), minlength=len(utility)) / len(normal)
+    off = 1.0 - share[best]
+    if off > budget:
+        share = share * (budget / off)
+        share[best] = 1.0 - budget
+    return np.asarray(share)
+
+
+def draw(share: Array, uniform: float) -> int:
+    """The index that `uniform` (0 to 1) draws."""
+    return min(int(np.searchsorted(np.cumsum(share), uniform, side="right")), len(share) - 1)

@@ -1,0 +1,124 @@
+"""Learned quality and trust in cards: told to planners, recorded, kept across a restart of the knowledge owner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus
+from shared.learn.live import Learner, compact
+from shared.settings import Settings
+from shared.views import ControlView
+from tests.integration.monitor_parts import Running, Store, start_monitor, until
+from tests.unit.monitor_records import done
+
+WIDTH = 8
+
+
+def features(i: int) -> bytes:
+    """Two kinds of query, told apart by their first entry."""
+    x = np.random.default_rng(i).normal(0.0, 0.05, WIDTH)
+    x[0] += 1.0 if i % 2 else -1.0
+    return compact((x / np.linalg.norm(x)).astype("<f4").tobytes())
+
+
+async def answer(bus: Bus, i: int, card: str, quality: float) -> None:
+    """A query that was routed to `card` and answered by it."""
+    candidates = [
+        m.Candidate(card=name, artifact="small-int8", quality=quality, terms={"prior": quality})
+        for name in ("alpha", "beta")
+    ]
+    route = m.Route(query_id=f"q{i}", order=[card], candidates=candidates, reason="best_utility", embedding=features(i))
+    await bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"q{i}-route")
+    await bus.claim(done(f"q{i}", card))
+
+
+async def judge(bus: Bus, i: int, score: float) -> None:
+    reply = await bus.nc.request(subjects.FEEDBACK, codec.to_json(m.Feedback(query_id=f"q{i}", score=score)), timeout=5)
+    assert isinstance(codec.from_json(reply.data, m.Ok | m.Failure), m.Ok)  # type: ignore[arg-type]
+
+
+async def recorded(monitor: Running, count: int) -> None:
+    """Wait until the owner has the routes."""
+
+    async def probe() -> bool | None:
+        base = monitor.monitor._owner._base
+        return True if base is not None and len(base._trust._routes) >= count else None
+
+    await until(probe)
+
+
+async def told(view: ControlView, judgements: int) -> tuple[int, Learner]:
+    async def probe() -> tuple[int, Learner] | None:
+        if "quality" not in view.learned:
+            return None
+        version, data = view.learned["quality"]
+        learner = Learner.from_bytes(data)
+        return (version, learner) if learner.judgements >= judgements else None
+
+    return await until(probe)
+
+
+async def test_judgements_teach_planners_which_card_is_good_at_what_and_that_survives_a_restart(
+    bus: Bus, settings: Settings
+) -> None:
+    monitor = await start_monitor(settings, Store("small"))
+    view = ControlView(bus)
+    await view.start()
+    try:
+        for i in range(80):
+            await answer(bus, i, "alpha" if i % 4 < 2 else "beta", 0.5)
+        await recorded(monitor, 80)
+        for i in range(80):
+            alpha, odd = i % 4 < 2, i % 2 == 1
+            await judge(bus, i, 1.0 if alpha == odd else 0.0)  # alpha is good at the odd kind, beta at the even
+        version, learner = await told(view, 80)
+        assert learner.quality is not None
+        for i in (1001, 1002):
+            x = np.frombuffer(features(i), "<f2").astype(np.float64)
+            alpha_mean, beta_mean = learner.quality.predict(x[None, :]).mean[0]
+            assert (alpha_mean > beta_mean) == (i % 2 == 1)
+    finally:
+        await monitor.stop()
+    again = await start_monitor(settings, Store("small"), "two")
+    try:
+        await answer(bus, 80, "alpha", 0.5)
+        await judge(bus, 80, 1.0)
+        later, learner = await told(view, 81)
+        assert later > version
+    finally:
+        await again.stop()
+
+
+@pytest.mark.timeout(60)
+async def test_a_card_that_gets_worse_is_quarantined_and_a_symptom_is_recorded(bus: Bus, settings: Settings) -> None:
+    monitor = await start_monitor(settings, Store("small"))
+    view = ControlView(bus)
+    await view.start()
+    heard: list[m.Symptom] = []
+
+    async def on_symptom(message: object) -> None:
+        heard.append(codec.unpack(message.data, m.Symptom))  # type: ignore[attr-defined]
+
+    await bus.subscribe(subjects.symptom("drift"), on_symptom)
+    try:
+        for i in range(60):
+            await answer(bus, i, "alpha", 0.8)
+        await recorded(monitor, 60)
+        for i in range(60):
+            await judge(bus, i, 0.0)
+
+        async def quarantined() -> m.CardStanding | None:
+            found = view.standings.get("alpha")
+            return found if found is not None and found.state == "quarantined" else None
+
+        found = await until(quarantined)
+        assert found.reason == "drift"
+        assert [s.subject for s in heard] == ["alpha"]
+    finally:
+        await monitor.stop()
+    fresh = ControlView(bus)
+    await fresh.start()
+    assert fresh.standings["alpha"].state == "quarantined"  # a planner that starts now knows it

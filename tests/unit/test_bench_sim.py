@@ -1,0 +1,178 @@
+"""`python -m bench.sim` on a small synthetic folder: its JSON, its budgets, folders without answers, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench.sim.__main__ as command
+from bench.profiles import fit, read
+from bench.sim import arrivals
+from bench.sim.data import Trace, load_outcomes
+from services.simulator.fleet import build, load_fleet
+from shared.errors import DataInvalid
+
+MODELS = {"tiny": (1.0, True), "other": (2.0, True), "large": (40.0, False)}
+KEYS = {
+    "accuracy", "energy_j_mean", "energy_ratio", "latency_s_mean", "latency_s_p95", "latency_ratio",
+    "residency_hit_rate", "swaps",
+}  # fmt: skip
+
+
+def _folder(path: Path, seed: int, *, answers: bool) -> Path:
+    """120 queries of two kinds, each of which one of the small models answers well; the large one answers both."""
+    rng = np.random.default_rng(seed)
+    path.mkdir()
+    with (path / "queries.jsonl").open("w") as file:
+        for i in range(120):
+            kind = i % 2
+            file.write(
+                json.dumps({"id": i, "category": "ab"[kind], "prompt": f"{'sum' if kind else 'law'} {i}"}) + "\n"
+            )
+    with (path / "outcomes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["query_id", "model", *(["answer"] if answers else []), "correct", "output_chars"])
+        for i in range(120):
+            for name, good in (("tiny", 0.9 if i % 2 else 0.1), ("other", 0.1 if i % 2 else 0.9), ("large", 0.95)):
+                right = rng.random() < good
+                answer = ["A" if right else str(rng.choice(["B", ""]))] if answers else []
+                writer.writerow([i, name, *answer, int(right), int(rng.integers(100, 800))])
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Two folders, a fleet file, and an embedder that knows the two kinds."""
+
+    def embed(prompts: list[str]) -> np.ndarray:
+        kind = np.array([p.startswith("sum") for p in prompts], np.float32)
+        noise = np.random.default_rng(0).normal(0, 0.05, (len(prompts), 30))
+        return np.hstack([kind[:, None], 1 - kind[:, None], noise]).astype(np.float32)
+
+    monkeypatch.setattr(command, "embed", embed)
+    fleet = tmp_path / "fleet.toml"
+    sections = "".join(
+        f'[[models]]\nname = "{name}"\nparameters_b = {size}\nmemory = "4 GB"\nsmall = {str(small).lower()}\n'
+        f"gpus = {1 if small else 2}\n"
+        for name, (size, small) in MODELS.items()
+    )
+    fleet.write_text(
+        '[fleet]\nname = "f"\nprofile = "h100"\nenergy_sequences = 32\n'
+        '[[workers]]\nname = "s"\nmemory = "10 GB"\n[[workers]]\nname = "l"\ngpus = 2\nmemory = "10 GB"\n' + sections
+    )
+    return {
+        "learn": _folder(tmp_path / "learn", 1, answers=True), "judge": _folder(tmp_path / "judge", 2, answers=True),
+        "plain_learn": _folder(tmp_path / "pl", 1, answers=False), "plain": _folder(tmp_path / "p", 2, answers=False),
+        "fleet": fleet, "json": tmp_path / "out.json",
+    }  # fmt: skip
+
+
+def _run(files: dict[str, Path], *more: str, learn: str = "learn", judge: str = "judge") -> dict[str, dict[str, float]]:
+    command.main([
+        "--learn", str(files[learn]), "--judge", str(files[judge]), "--fleet", str(files["fleet"]), "--seeds", "2",
+        "--json", str(files["json"]), *more,
+    ])  # fmt: skip
+    policies: dict[str, dict[str, float]] = json.loads(files["json"].read_text())["policies"]
+    return policies
+
+
+def test_the_json_has_what_is_promised_and_ours_is_better_than_any_single_small_model(files: dict[str, Path]) -> None:
+    """`calm` finds the good model for each kind; ratios are against the reference, which is 1 to itself."""
+    found = _run(files, "--policy", "calm,best-single,random,category-best", "--reference", "large")
+    for figures in found.values():
+        assert set(figures) >= KEYS
+    assert found["single:large"]["energy_ratio"] == 1.0
+    assert found["calm"]["accuracy"] > found["best-single"]["accuracy"] + 0.2
+    assert found["calm"]["energy_ratio"] < 0.5
+    assert found["calm"]["residency_hit_rate"] == 1.0
+    assert found["category-best"]["accuracy"] > found["random"]["accuracy"]
+
+
+def test_an_energy_budget_is_kept_and_more_of_it_buys_quality(files: dict[str, Path]) -> None:
+    """Escalation stays near its budget; a folder without answers works too."""
+    found = _run(
+        files, "--policy", "calm-escalate@0.15,calm-escalate@0.6", "--reference", "large",
+        learn="plain_learn", judge="plain",
+    )  # fmt: skip
+    low, high = found["calm-escalate@0.15"], found["calm-escalate@0.6"]
+    assert low["energy_ratio"] < 0.25
+    assert low["energy_ratio"] < high["energy_ratio"] < 0.75
+    assert high["accuracy"] >= low["accuracy"] - 0.02
+
+
+def test_what_cannot_be_used_is_said(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown policy, reference or model ends with status 2 and a remedy."""
+    for more, words in (
+        (["--policy", "magic"], "no policy 'magic'"),
+        (["--reference", "absent"], "no model 'absent'"),
+        (["--policy", "calm-escalate@x"], "no share"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            _run(files, *more)
+        assert error.value.code == 2
+        assert words in capsys.readouterr().err
+    files["fleet"].write_text(files["fleet"].read_text().replace('name = "other"', 'name = "unknown"'))
+    with pytest.raises(SystemExit):
+        _run(files)
+    assert "does not have: other" in capsys.readouterr().err
+
+
+def test_arrivals_keep_the_rate_and_a_trace_s_bursts(files: dict[str, Path]) -> None:
+    """Poisson and trace arrivals have the stated mean rate; a shifting mix changes with each window."""
+    rng = np.random.default_rng(0)
+    poisson = arrivals.poisson(4000, 2.0, rng)
+    assert 4000 / poisson[-1] == pytest.approx(2.0, rel=0.1)
+    bursty = Trace(np.array([0.0, 0.1, 0.2, 10.0, 10.1]), np.ones(5, np.float32), np.ones(5, np.float32))
+    gaps = np.diff(arrivals.like_trace(bursty, 500, 2.0, rng))
+    assert 500 / gaps.sum() == pytest.approx(2.0, rel=0.02)
+    assert gaps.max() > 20 * np.median(gaps)
+    judge = load_outcomes(files["judge"])
+    rows, mixes = arrivals.shifting(judge, poisson, rng, every_s=500.0)
+    kinds = np.array([judge.categories[r] == "a" for r in rows])
+    for window, mix in enumerate(mixes):
+        inside = (poisson // 500.0).astype(int) == window
+        assert kinds[inside].mean() == pytest.approx(mix[0], abs=0.08)
+
+
+def test_memory_for_n_models_is_memory_for_n_models() -> None:
+    """A fleet built with memory for three holds the three largest and not four."""
+    file, profile = load_fleet("mmlu_pro")
+    names = [model.name for model in file.models if model.small]
+    fleet = build(file, profile, names, memory_for=3, workers=1)
+    assert fleet.budget_bytes[0] == sum(sorted(fleet.footprint_bytes)[-3:])
+    with pytest.raises(DataInvalid, match="does not have"):
+        build(file, profile, ["nobody"])
+
+
+def test_the_shipped_profile_gives_the_measured_joules_and_times() -> None:
+    """8 B: 0.165 J and about 9 ms a token at 32 sequences on one H100; 70 B: 1.21 J and about 20 ms on four."""
+    file, profile = load_fleet("mmlu_pro")
+    fleet = build(file, profile, ["llama-3.1-8b-instruct", "llama-3.1-70b-instruct"])
+    small, large = fleet.unit[0][0], fleet.unit[1][-1]
+    assert small.decode_j == pytest.approx(0.165, abs=0.001)
+    assert large.decode_j == pytest.approx(1.21 * 70.6 / 70, rel=0.005)
+    assert small.step_s(32) == pytest.approx(0.0095, rel=0.2)
+    assert large.step_s(32) == pytest.approx(0.020, rel=0.15)
+
+
+def test_a_fit_finds_the_coefficients_of_exact_data(tmp_path: Path) -> None:
+    """On figures made by the formula itself, the fit gives the formula back."""
+    path = tmp_path / "m.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "params_billions", "active_params_billions", "num_gpus", "max_num_seqs",
+                         "median_itl_ms", "energy_per_output_token_j"])  # fmt: skip
+        for p in (4.0, 8.0, 30.0, 70.0):
+            for g in (1, 2):
+                for b in (8, 32, 128):
+                    step = 1.0 + 0.8 * p / g + (0.05 + 0.002 * p / g) * b
+                    writer.writerow([f"m{p}", p, p, g, b, step, (0.4 * p + 0.03 * g) / b + 0.005 * p + 0.04])
+    names, figures = read(path)
+    assert len(names) == 24
+    c, d = fit(figures)
+    np.testing.assert_allclose(c, [1.0, 0.8, 0.05, 0.002], rtol=1e-6)
+    np.testing.assert_allclose(d, [0.4, 0.005, 0.03, 0.04], rtol=1e-6)

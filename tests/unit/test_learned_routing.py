@@ -1,0 +1,142 @@
+"""Learned quality, trust and exploration in routing decisions; objectives as data."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.planner.decide import learned as learning
+from services.planner.decide import objectives, routing
+from services.planner.decide.learned import Learned
+from shared import messages as m
+from shared.errors import InvalidObjective
+from shared.learn.live import START, Learner, pieces
+from tests import samples
+
+SPEC_A, SPEC_B = samples.spec("a-int8"), samples.spec("b-int8")
+CARDS = {"alpha": samples.card("alpha", SPEC_A, quality=0.6), "beta": samples.card("beta", SPEC_B, quality=0.5)}
+WORKER = samples.worker(engines=[samples.engine(SPEC_A), samples.engine(SPEC_B)])
+X = np.array([1.0, 0.0, 0.0, 0.0])
+
+
+def taught(**scores: list[float]) -> Learner:
+    """A learner after these judgements of queries like `X`."""
+    learner = Learner(list(CARDS))
+    draw = np.random.default_rng(0)
+    for _ in range(START):
+        learner.seen(X + draw.normal(0.0, 0.1, 4))
+    for card, given_scores in scores.items():
+        for score in given_scores:
+            assert learner.judged(card, X, CARDS[card].quality, score)
+    return learner
+
+
+def route(learned: Learned | None, chance: routing.Chance | None = None, **policy: object) -> m.Route:
+    own = m.Policy(fleet="f", w_latency=0.0, w_energy=0.0, **policy)  # type: ignore[arg-type]
+    state = routing.State(cards=CARDS, policy=own, workers=[WORKER], learned=learned)
+    return routing.decide(samples.analyzed(embedding=X.astype("<f4").tobytes()), state, 0.0, chance)
+
+
+def candidate(found: m.Route, card: str) -> m.Candidate:
+    return next(c for c in found.candidates if c.card == card)
+
+
+def test_the_cards_promise_decides_until_something_has_been_learned() -> None:
+    assert route(Learned()).order == ["alpha", "beta"]
+    assert candidate(route(Learned()), "alpha").quality == pytest.approx(0.6)
+
+
+def test_judgements_turn_the_choice_and_the_terms_say_how() -> None:
+    learner = taught(alpha=[0.0] * 40, beta=[1.0] * 40)
+    found = route(Learned(learner, version=7))
+    assert found.order[0] == "beta"
+    assert found.learned_version == 7
+    beta = candidate(found, "beta")
+    assert beta.terms["prior"] == pytest.approx(0.5)
+    assert beta.terms["learned"] > 0.2
+    assert beta.terms["std"] > 0.0
+    assert beta.quality == pytest.approx(beta.terms["prior"] + beta.terms["learned"])
+
+
+def test_a_quarantined_card_is_left_out_unless_it_is_asked_for_or_nothing_else_is_left() -> None:
+    bad = m.CardStanding(card="alpha", state="quarantined")
+    found = route(Learned(standings={"alpha": bad}))
+    assert found.order == ["beta"]
+    assert candidate(found, "alpha").excluded == "quarantined"
+    all_bad = {name: m.CardStanding(card=name, state="quarantined") for name in CARDS}
+    assert route(Learned(standings=all_bad)).order == ["alpha", "beta"]
+    state = routing.State(
+        cards=CARDS, policy=m.Policy(fleet="f"), workers=[WORKER], learned=Learned(standings={"alpha": bad})
+    )
+    assert routing.decide(samples.analyzed(m.Query(prompt="x", model="alpha")), state, 0.0).order == ["alpha"]
+
+
+def test_a_card_taken_back_at_a_lower_level_is_scaled() -> None:
+    found = route(Learned(standings={"alpha": m.CardStanding(card="alpha", scale=0.5)}))
+    assert found.order[0] == "beta"
+    assert candidate(found, "alpha").quality == pytest.approx(0.3)
+
+
+def test_exploration_stays_within_its_budget_and_its_propensities_add_up() -> None:
+    learner = taught(alpha=[1.0, 0.0], beta=[1.0])
+    normal = np.random.default_rng(1).standard_normal((64, 2))
+    first = [route(Learned(learner), routing.Chance(normal, u), explore=0.2) for u in np.linspace(0.001, 0.999, 50)]
+    by_card = {found.order[0]: found.propensity for found in first}
+    assert sum(by_card.values()) == pytest.approx(1.0)
+    best = max(by_card, key=lambda card: by_card[card])
+    assert by_card[best] >= 0.8
+    explored = [found for found in first if found.order[0] != best]
+    assert explored
+    assert all(found.reason == "explored" and found.margin <= 0.0 for found in explored)
+    still = route(Learned(learner), routing.Chance(normal, 0.999), explore=0.0)
+    assert (still.order[0], still.propensity) == (best, 1.0)
+
+
+def test_what_was_learned_survives_storing_and_a_changed_fleet() -> None:
+    learner = taught(alpha=[0.0] * 10)
+    again = Learner.from_bytes(b"".join(pieces(learner.to_bytes(), 1000)))
+    assert again.judgements == 10
+    assert again.quality is not None
+    assert learner.quality is not None
+    assert np.allclose(again.quality.predict(X[None]).mean, learner.quality.predict(X[None]).mean)
+    again.use(["alpha", "gamma"])
+    assert again.cards == ("alpha", "gamma")
+    assert again.quality.predict(X[None]).mean[0, 0] < -0.05
+    with pytest.raises(ValueError, match="learner"):
+        Learner.from_bytes(b"nonsense")
+
+
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=6), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(0, 99))
+def test_shares_are_a_distribution_that_favours_the_best(
+    utility: list[float], spread: float, budget: float, seed: int
+) -> None:
+    normal = np.random.default_rng(seed).standard_normal((16, len(utility)))
+    share = learning.shares(np.array(utility), np.full(len(utility), spread), normal, budget)
+    assert share.sum() == pytest.approx(1.0)
+    assert (share >= 0.0).all()
+    assert share[int(np.argmax(utility))] >= 1.0 - budget - 1e-9
+    assert 0 <= learning.draw(share, 1.0) < len(utility)
+
+
+def test_moved_weights_hold_only_for_the_objectives_and_the_fleet_that_they_were_moved_for() -> None:
+    policy = m.Policy(fleet="f", w_energy=0.1)
+    in_force = m.InForce(objectives=m.Objectives(energy_j_per_query=5.0, w_quality=2.0), version=3)
+    moved = m.Moved(version=3, fleet="f", weights={"w_energy": 0.7, "energy_ref_j": 5.0}, at=1.0)
+    assert objectives.effective(policy, in_force, moved).w_energy == 0.7
+    for other in (
+        msgspec.structs.replace(moved, version=2),
+        msgspec.structs.replace(moved, fleet="g"),
+        None,
+    ):
+        found = objectives.effective(policy, in_force, other)
+        assert (found.w_energy, found.energy_ref_j, found.w_quality) == (0.1, 5.0, 2.0)
+    assert objectives.effective(policy, None, moved) == policy
+
+
+def test_clearing_and_setting_the_same_objective_is_refused() -> None:
+    asked = m.Control(action="set", objectives=m.Objectives(latency_p95_s=1.0), clear=["latency_p95_s"])
+    with pytest.raises(InvalidObjective, match="both"):
+        objectives.change(None, asked, {"alpha"}, 0.0)
