@@ -14,6 +14,9 @@ from shared.errors import SettingsInvalid
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
+_ALSO = {"hub_url": ("HF_ENDPOINT",), "hub_token": ("CALM_HF_TOKEN", "HF_TOKEN")}
+"""Variables that are read when a setting's own is not set: what the hub's own tools use."""
+
 
 def parse_bytes(text: str | int) -> int:
     """`1500 MB`, `1.5GiB` or a plain number, as bytes.
@@ -53,9 +56,9 @@ class Settings:
     knowledge_url: str = ""
     """SQLAlchemy URL; SQLite at `<home>/knowledge.db` when not set."""
     hub_url: str = "https://huggingface.co"
-    """Model hub that `hf:` sources are fetched from."""
+    """Model hub, or a mirror of one, that `hf:` sources are fetched from; HF_ENDPOINT is understood too."""
     hub_token: str = ""
-    """Access token for the hub."""
+    """Access token for the hub; CALM_HF_TOKEN and HF_TOKEN are understood too."""
     fleet: str = "embedded"
     """A fleet file, or the name of one in `fleets/`."""
     instance: str = ""
@@ -106,6 +109,7 @@ class Settings:
         values: dict[str, object] = {}
         for name, default in cls.defaults().items():
             variable = f"CALM_{name.upper()}"
+            variable = next((v for v in (variable, *_ALSO.get(name, ())) if environ.get(v)), variable)
             text = environ.get(variable, "")
             if text:
                 values[name] = _parse(variable, text, default)

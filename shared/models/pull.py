@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from shared.errors import ChecksumMismatch, SourceUnavailable, UnsupportedModel
+from shared.errors import ChecksumMismatch, NeedsExport, SourceUnavailable, UnsupportedModel
 from shared.models import embedder_import, gguf_import, onnx_dir, sources
 from shared.models.fleet import FleetFile
 from shared.models.manifest import Manifest
@@ -82,12 +82,24 @@ def _complete(wanted: Wanted, stored: Manifest | None) -> bool:
     return stored is not None and all(stored.variant(name) for name in wanted.variants)
 
 
-def pull(wanted: Wanted, store: ModelStore, progress: Progress, *, hub: str = "", token: str = "") -> Manifest:
+Importer = Callable[["Wanted", Path, Path, Manifest | None, Progress], Manifest]
+"""Makes variants of a model: what is wanted, its local source, the folder to write into, what the store has of it."""
+
+
+def pull(
+    wanted: Wanted,
+    store: ModelStore,
+    progress: Progress,
+    *,
+    hub: str = "",
+    token: str = "",
+    importer: Importer | None = None,
+) -> Manifest:
     """Bring a model into the store; what is there already stays, and only missing variants are made. A model of the
-    same name from another source is replaced.
+    same name from another source is replaced. `importer` makes the variants instead of the one that fits the source.
 
     Raises:
-        SourceUnavailable, ChecksumMismatch, UnsupportedModel: see `sources.fetch` and the importers.
+        SourceUnavailable, NoSpace, ChecksumMismatch, UnsupportedModel: see `sources.fetch` and the importers.
         NotReady: another process has been changing the store for too long.
     """
     # Named for the source and kept when fetching fails, so that the next pull goes on with what arrived.
@@ -102,13 +114,15 @@ def pull(wanted: Wanted, store: ModelStore, progress: Progress, *, hub: str = ""
                 source = _source(wanted, store, existing, work, progress, hub, token)
                 if existing is not None:
                     _take_over(store.path(wanted.name), folder, existing)
-                manifest = _import(wanted, source, folder, existing, progress)
+                manifest = (importer or _import)(wanted, source, folder, existing, progress)
                 _keep_source(wanted, source, folder)
                 published = store.publish(folder, manifest)
         except OSError as error:
             raise SourceUnavailable(
                 f"{wanted.name} could not be made: {error}.", f"See to space and permissions in {store.root}."
             ) from error
+        except NeedsExport:
+            raise  # the download stays: `calm models export` goes on with it
         except (UnsupportedModel, ChecksumMismatch):
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -144,6 +158,12 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
             variants=wanted.variants, existing=existing, on_variant=on_variant,
         )  # fmt: skip
     if source.is_dir():
+        if is_checkpoint(source):
+            raise NeedsExport(
+                f"{wanted.source} has weights (safetensors) and no ONNX graph.",
+                f'Make one: pip install "calm-fleet[export]", then `calm models export {wanted.source}'
+                f" --name {wanted.name}`. A GGUF or ONNX build of the same model needs no export.",
+            )
         if len(wanted.variants) > 1:
             raise UnsupportedModel(
                 f"{wanted.source} is a ready ONNX folder, which is one variant, and not {', '.join(wanted.variants)}.",
@@ -159,6 +179,12 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
         source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
         variants=wanted.variants, existing=existing, on_variant=on_variant,
     )  # fmt: skip
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds weights as safetensors and no graph."""
+    graphs = any((path / graph).is_file() for graph in (*onnx_dir.GRAPHS, "genai_config.json"))
+    return not graphs and any(path.glob("*.safetensors"))
 
 
 def _take_over(present: Path, folder: Path, existing: Manifest) -> None:

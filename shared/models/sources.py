@@ -148,5 +148,8 @@ def select(files: Collection[str], wanted: str) -> list[str]:
         return [graph, *data, *texts]
     if "model.safetensors" in files:
         return ["model.safetensors", *texts]
+    shards = [n for n in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
+    if shards and "model.safetensors.index.json" in files:
+        return [*shards, *texts]
     weights = [n for n in files if n.endswith(".gguf")]
     return weights if len(weights) == 1 else []
