@@ -1,4 +1,4 @@
-"""Builds the decoder graph of a llama-family model out of fused ONNX Runtime operators, without torch.
+"""Builds a model's decoder graph out of fused ONNX Runtime operators, without torch.
 
 The graph's contract (layout `calm`), which the engine relies on:
 
@@ -11,7 +11,6 @@ The graph's contract (layout `calm`), which the engine relies on:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from shared.models import quantize
-from shared.models.manifest import Architecture
+from shared.models.families.spec import DecoderSpec
+from shared.models.families.weights import Rows, Weights
+from shared.models.onnx_attention import Attention
 
 Floats = NDArray[np.float32]
 Precision = Literal["fp32", "int8", "int4"]
@@ -30,26 +31,17 @@ _MS = "com.microsoft"
 
 
 class DecoderBuilder:
-    """One graph in one precision. `weight(name)` gives a GGUF tensor as float32 in row-major [out, in]."""
+    """The graph of one decoder in one precision."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        weight: Callable[[str], Floats | None],
-        precision: Precision,
-        *,
-        rms_epsilon: float,
-        rope_angles: Floats,
-    ) -> None:
-        """`rope_angles` [context, head_size / 2]."""
-        self._a = architecture
-        self._weight = weight
+    def __init__(self, spec: DecoderSpec, weights: Weights, precision: Precision) -> None:
+        self._spec = spec
+        self._a = spec.architecture
+        self._weights = weights
         self._precision = precision
-        self._epsilon = rms_epsilon
-        self._rope = rope_angles
         self._nodes: list[onnx.NodeProto] = []
         self._inits: list[onnx.TensorProto] = []
         self._widened: set[str] = set()
+        self._attention = Attention(spec, weights, self._node, self._init)
 
     def save(self, folder: Path) -> None:
         """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
@@ -73,10 +65,11 @@ class DecoderBuilder:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=f"{name}.node", domain=domain, **attributes))
         return name
 
-    def _need(self, name: str) -> Floats:
-        value = self._weight(name)
-        assert value is not None, name
-        return value
+    def _linear_of(self, x: str, parts: list[Rows], name: str) -> str:
+        """A linear layer out of the file, with its bias when it has one."""
+        out = self._linear(x, self._weights.matrix(parts), name)
+        bias = self._weights.bias(parts)
+        return out if bias is None else self._node("Add", [out, self._init(f"{name}.b", bias)], [f"{name}.biased"])
 
     def _linear(self, x: str, weights: Floats, name: str) -> str:
         """x [.., k] times weights [n, k] transposed, in this graph's precision."""
@@ -109,7 +102,7 @@ class DecoderBuilder:
         return wide
 
     def _embedding(self) -> str:
-        table = self._need("token_embd.weight")
+        table = self._weights.need("token_embd.weight")
         if self._precision == "fp32":
             return self._node("Gather", [self._init("embedding", table), "input_ids"], ["embedded"])
         values, scales = quantize.int8(table)
@@ -126,85 +119,85 @@ class DecoderBuilder:
         )  # fmt: skip
 
     def _head(self, x: str) -> None:
+        """Logits of the last position."""
+        cap = self._spec.logit_softcap
+        scores = self._scores(x, "uncapped" if cap else "logits")
+        if cap:
+            limit = self._init("logits.cap", np.array(cap, np.float32))
+            bent = self._node("Tanh", [self._node("Div", [scores, limit], ["logits.scaled"])], ["logits.bent"])
+            self._node("Mul", [bent, limit], ["logits"])
+
+    def _scores(self, x: str, out: str) -> str:
         last = self._node(
             "Slice",
             [x, self._init("last", np.array([-1], np.int64)), self._init("end", np.array([2**62], np.int64)),
              self._init("one", np.array([1], np.int64))],
             ["last_hidden"],
         )  # fmt: skip
-        own = self._weight("output.weight")
+        own = self._weights.file.weight("output.weight")
         a = self._a
         if self._precision == "fp32":
             # Gemm with transB reads the (tied) table as it lies: no transposed copy on disk.
             table = "embedding" if own is None else self._init("head", own)
             flat = self._node("Reshape", [last, self._init("rows", np.array([-1, a.hidden], np.int64))], ["last_flat"])
             scores = self._node("Gemm", [flat, table], ["scores"], transB=1)
-            self._node("Unsqueeze", [scores, "one"], ["logits"])
-            return
+            return self._node("Unsqueeze", [scores, "one"], [out])
         inputs = [last, "embedding.q", "embedding.s"]
         if own is not None:
             values, scales = quantize.int8(own)
             inputs = [last, self._init("head.q", values), self._init("head.s", scales)]
-        self._node(
-            "MatMulNBits", inputs, ["logits"], _MS,
+        return self._node(
+            "MatMulNBits", inputs, [out], _MS,
             K=a.hidden, N=a.vocab, bits=8, block_size=quantize.BLOCK, accuracy_level=4,
         )  # fmt: skip
 
-    def _unpermute(self, weights: Floats, heads: int) -> Floats:
-        """GGUF stores q and k rotated in pairs; GroupQueryAttention wants halves."""
-        half = self._a.head_size // 2
-        return weights.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weights.shape)
-
     def _layer(self, index: int, x: str, residual: str) -> tuple[str, str]:
         """One block: `x` is the normalised input, `residual` the running sum; returns the next pair."""
-        a, p = self._a, f"layer{index}"
-
-        def get(name: str) -> Floats:
-            return self._need(f"blk.{index}.{name}.weight")
-
-        fused = np.concatenate(
-            [self._unpermute(get("attn_q"), a.heads), self._unpermute(get("attn_k"), a.kv_heads), get("attn_v")]
-        )
-        qkv = self._linear(x, fused, f"{p}.qkv")
-        past = [f"past_key_values.{index}.{side}" for side in ("key", "value")]
-        present = [f"present.{index}.{side}" for side in ("key", "value")]
-        attended = self._node(
-            "GroupQueryAttention",
-            [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos", "sin"],
-            [f"{p}.attended", *present], _MS,
-            num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1, rotary_interleaved=0,
-            scale=float(a.head_size**-0.5),
-        )  # fmt: skip
-        out = self._linear(attended, get("attn_output"), f"{p}.attn_output")
-        y, summed = self._skip_norm(residual, out, get("ffn_norm").ravel(), f"{p}.ffn")
-        gate = self._linear(y, get("ffn_gate"), f"{p}.ffn_gate")
-        up = self._linear(y, get("ffn_up"), f"{p}.ffn_up")
-        sigmoid = self._node("Sigmoid", [gate], [f"{p}.sigmoid"])
-        silu = self._node("Mul", [gate, sigmoid], [f"{p}.silu"])
-        product = self._node("Mul", [silu, up], [f"{p}.product"])
-        down = self._linear(product, get("ffn_down"), f"{p}.ffn_down")
-        last = index == a.layers - 1
+        p, blk, weights = f"layer{index}", f"blk.{index}", self._weights
+        attended = self._attention.layer(index, self._linear_of(x, weights.qkv(index), f"{p}.qkv"))
+        out = self._linear_of(attended, [Rows(f"{blk}.attn_output")], f"{p}.attn_output")
+        if self._spec.family.post_norms:
+            out = self._norm(out, f"{blk}.post_attention_norm", f"{p}.attn_post")
+        y, summed = self._skip_norm(residual, out, weights.need(f"{blk}.ffn_norm.weight").ravel(), f"{p}.ffn")
+        gate = self._linear_of(y, weights.gate(index), f"{p}.ffn_gate")
+        up = self._linear_of(y, weights.up(index), f"{p}.ffn_up")
+        product = self._node("Mul", [self._activated(gate, p), up], [f"{p}.product"])
+        down = self._linear_of(product, [Rows(f"{blk}.ffn_down")], f"{p}.ffn_down")
+        if self._spec.family.post_norms:
+            down = self._norm(down, f"{blk}.post_ffw_norm", f"{p}.ffn_post")
+        last = index == self._a.layers - 1
         following = "output_norm.weight" if last else f"blk.{index + 1}.attn_norm.weight"
-        return self._skip_norm(summed, down, self._need(following).ravel(), f"{p}.next", with_sum=not last)
+        return self._skip_norm(summed, down, weights.need(following).ravel(), f"{p}.next", with_sum=not last)
+
+    def _activated(self, gate: str, p: str) -> str:
+        if self._spec.family.activation == "gelu_tanh":
+            return self._node("FastGelu", [gate], [f"{p}.gelu"], _MS)
+        sigmoid = self._node("Sigmoid", [gate], [f"{p}.sigmoid"])
+        return self._node("Mul", [gate, sigmoid], [f"{p}.silu"])
+
+    def _norm(self, x: str, tensor: str, name: str) -> str:
+        gain = self._init(f"{name}.gain", self._weights.need(f"{tensor}.weight").ravel())
+        return self._node(
+            "SimplifiedLayerNormalization", [x, gain], [f"{name}.norm"],
+            epsilon=self._spec.epsilon, axis=-1, stash_type=1,
+        )  # fmt: skip
 
     def _skip_norm(self, residual: str, x: str, gain: Floats, name: str, *, with_sum: bool = True) -> tuple[str, str]:
         outputs = [f"{name}.norm", "", "", f"{name}.sum"] if with_sum else [f"{name}.norm"]
         self._node(
             "SkipSimplifiedLayerNormalization", [residual, x, self._init(f"{name}.gain", gain)], outputs, _MS,
-            epsilon=self._epsilon,
+            epsilon=self._spec.epsilon,
         )  # fmt: skip
         return f"{name}.norm", f"{name}.sum"
 
     def _model(self) -> onnx.ModelProto:
         a = self._a
-        self._init("cos", np.cos(self._rope).astype(np.float32))
-        self._init("sin", np.sin(self._rope).astype(np.float32))
+        self._attention.prepare()
         residual = self._embedding()
-        gain = self._init("first.gain", self._need("blk.0.attn_norm.weight").ravel())
-        x = self._node(
-            "SimplifiedLayerNormalization", [residual, gain], ["first.norm"],
-            epsilon=self._epsilon, axis=-1, stash_type=1,
-        )  # fmt: skip
+        if self._spec.family.scaled_embedding:
+            root = self._init("embedding.scale", np.array(a.hidden**0.5, np.float32))
+            residual = self._node("Mul", [residual, root], ["embedding.scaled"])
+        x = self._norm(residual, "blk.0.attn_norm", "first")
         for index in range(a.layers):
             x, residual = self._layer(index, x, residual)
         self._head(x)
