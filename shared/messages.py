@@ -544,6 +544,48 @@ class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):
     planner: str = ""
 
 
+class EnergyAccount(_Internal, frozen=True, kw_only=True):
+    """What one artifact has cost on one worker."""
+
+    artifact: str
+    active_j: float = 0.0
+    """While it ran steps, the device's baseline power included."""
+    load_j: float = 0.0
+    loads: int = 0
+    busy_s: float = 0.0
+    tokens_in: int = 0
+    """Of the answers that its engines finished."""
+    tokens_out: int = 0
+    answers: int = 0
+    """From here on only in `energy_reports.v1`: what the answers' own figures add up to."""
+    answers_j: float = 0.0
+
+
+class EnergyReport(_Internal, frozen=True, kw_only=True, tag="energy_report.v1"):
+    """`calm.telemetry.<worker>.energy`: a device's joules by account, summed since the worker started."""
+
+    worker: str
+    host: str = ""
+    device_class: str = ""
+    source: Literal["nvml", "rapl", "model"] = "model"
+    """`model`: every figure is estimated from stated powers."""
+    started_at: float = 0.0
+    at: float = 0.0
+    elapsed_s: float = 0.0
+    total_j: float = 0.0
+    """By the meter; all other joules here add up to it."""
+    idle_j: float = 0.0
+    other_j: float = 0.0
+    """Of processes that are not CALM's, where the meter counts a whole host."""
+    accounts: list[EnergyAccount] = []
+
+
+class EnergyReports(_Internal, frozen=True, kw_only=True, tag="energy_reports.v1"):
+    """`calm.knowledge.energy`: each worker's ledger, over all its starts that are still remembered."""
+
+    workers: list[EnergyReport] = []
+
+
 class Symptom(_Internal, frozen=True, kw_only=True, tag="symptom.v1"):
     """`calm.symptom.<kind>`: something the analyzer or an executor noticed."""
 

@@ -78,6 +78,8 @@ class Settings:
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0
     """Stated power of one busy core, likewise."""
+    carbon_g_per_kwh: float = 0.0
+    """Grams of CO2 per kWh of the electricity used; `calm energy` shows carbon when it is set."""
     max_prompt_bytes: int = 1_000_000
     """Largest message that the intake accepts."""
     drain_s: float = 10.0

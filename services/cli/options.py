@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("query_id", nargs="?", help="the latest query when left out")
     explain.add_argument("--json", action="store_true")
 
+    energy = add("energy", "Show where the joules went, by worker and model, and whether they add up to the meter.")
+    energy.add_argument("--json", action="store_true")
+
     feedback = add("feedback", "Judge an answer.")
     feedback.add_argument("query_id")
     feedback.add_argument("score", type=float, help="0 (bad) to 1 (good)")

@@ -51,6 +51,7 @@ class Answers:
             "qos": self._qos,
             "operations": lambda asked: reads.operations(self._store, asked.limit),
             "placement": lambda asked: reads.placement(self._store, asked.id),
+            "energy": lambda _: reads.energy(self._store),
         }
 
     async def start(self) -> None:

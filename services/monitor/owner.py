@@ -54,7 +54,7 @@ class Base:
         )
         self._answers = Answers(self._bus, self._store, self._writer, self._learning, context.clock, context.log)
         self._sampled: dict[str, float] = {}
-        self._symptoms: Subscription | None = None
+        self._telemetry: list[Subscription] = []
         self._stopping = asyncio.Event()
         self._retention: asyncio.Task[None] | None = None
 
@@ -67,7 +67,8 @@ class Base:
         self._writer.start()
         await self._learning.start()
         await self._recorder.start()
-        self._symptoms = await self._bus.subscribe(subjects.symptom(">"), self._on_symptom)
+        self._telemetry.append(await self._bus.subscribe(subjects.symptom(">"), self._on_symptom))
+        self._telemetry.append(await self._bus.subscribe(subjects.energy("*"), self._on_energy))
         await self._answers.start()
         self.note_cards()
         self._retention = asyncio.create_task(self._forget())
@@ -78,9 +79,9 @@ class Base:
         self._stopping.set()
         if self._retention is not None:
             await self._retention  # cancelled in the middle of a statement it would leave its connection open
-        if self._symptoms is not None:
+        for subscription in self._telemetry:
             with contextlib.suppress(Exception):
-                await self._symptoms.unsubscribe()
+                await subscription.unsubscribe()
         await self._answers.stop(timeout_s)
         await self._recorder.stop(timeout_s)
         await self._learning.stop()
@@ -102,6 +103,10 @@ class Base:
 
     async def _on_symptom(self, message: Msg) -> None:
         self._writer.note("symptoms", rows.symptom(codec.unpack(message.data, m.Symptom)))
+
+    async def _on_energy(self, message: Msg) -> None:
+        for row in rows.energy(codec.unpack(message.data, m.EnergyReport)):
+            self._writer.note("energy", row)
 
     async def _forget(self) -> None:
         while not self._stopping.is_set():

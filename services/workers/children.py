@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from services.workers.protocol import Command, Drain, Ready, Refused, Report, Start, State
+from services.workers.protocol import Activity, Command, Drain, Ready, Refused, Report, Start, State
 from shared.codec import error_of
 from shared.errors import EngineLost, OperationTimeout
 from shared.processes import bound_to_parent, send
@@ -27,6 +27,7 @@ class Child:
         self._on_state = on_state
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
+        self.activity = Activity()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
@@ -95,7 +96,9 @@ class Child:
                 report = _decode(line)
             except (msgspec.ValidationError, msgspec.DecodeError):
                 continue  # a library that prints to standard output
-            if isinstance(report, State):
+            if isinstance(report, Activity):
+                self.activity = report
+            elif isinstance(report, State):
                 self._on_state(report)
             elif isinstance(report, Ready) and not self.ready.done():
                 self.ready.set_result(report)

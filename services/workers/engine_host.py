@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 
 from services.workers import timings
 from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finished, Request
-from services.workers.engine.energy import Meter
+from services.workers.engine.energy import AttributedMeter
 from services.workers.protocol import Start, State
 from shared import codec, subjects, tasks
 from shared import messages as m
@@ -56,7 +56,7 @@ class EngineHost:
         settings: Settings,
         start: Start,
         batcher: Batcher,
-        meter: Meter,
+        meter: AttributedMeter,
         priority: str,
         report: Callable[[State], None],
         log: Any,
@@ -82,7 +82,9 @@ class EngineHost:
         self._thread = threading.Thread(target=self._generate, name="engine", daemon=True)
         self._ready_at = clock()
         self._open_since = clock()
-        self._tokens_out = 0
+        self.tokens_in = 0
+        """Prompt tokens of all answers so far."""
+        self.tokens_out = 0
         self._tpot_s = 0.0
         self._last_used = 0.0
         self._process = psutil.Process()
@@ -147,12 +149,15 @@ class EngineHost:
                     self._batcher.add(request)
                 except CalmError as error:
                     events.append(Failed(request.id, error))
+            self._meter.begin()
             try:
                 events += self._batcher.step()
             except Exception as error:  # noqa: BLE001 a step that fails takes its sequences with it, not the fleet
                 failure = EngineFailed(f"The engine failed: {error!r}.", "See the worker's log.")
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
+            finally:
+                self._meter.end()
             if events:
                 self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -306,7 +311,8 @@ class EngineHost:
             energy_out_j=end.energy_out_j,
         )
         await self._bus.finish(done, resend=resend)
-        self._tokens_out += end.tokens_out
+        self.tokens_in += end.tokens_in
+        self.tokens_out += end.tokens_out
         if end.tokens_out > 1:
             tpot = times.decode_s / (end.tokens_out - 1)
             self._tpot_s = tpot if not self._tpot_s else 0.8 * self._tpot_s + 0.2 * tpot
@@ -362,7 +368,7 @@ class EngineHost:
                 State(
                     active=self._taken,
                     held=max(0, self._taken - self._start.spec.slots),
-                    tokens_out=self._tokens_out,
+                    tokens_out=self.tokens_out,
                     tpot_s=self._tpot_s,
                     last_used_at=self._last_used,
                     measured_bytes=self._process.memory_info().rss,

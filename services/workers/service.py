@@ -19,6 +19,7 @@ from nats.aio.msg import Msg
 
 from services.workers import device as devices
 from services.workers.children import Child
+from services.workers.energy_keeper import EnergyKeeper, Running
 from services.workers.ledger import Ledger
 from services.workers.protocol import Start, State
 from shared import codec, subjects, tasks
@@ -55,6 +56,7 @@ class Worker:
         self._models = ModelsView(self._bus)
         self._device: m.Device
         self._ledger: Ledger
+        self._energy: EnergyKeeper
         self._engines: dict[str, _Engine] = {}
         self._operations: OrderedDict[str, asyncio.Task[m.WorkerReply]] = OrderedDict()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -73,6 +75,11 @@ class Worker:
         budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
         self._ledger = Ledger(budget)
         self._log.info("device", kind=self._device.kind, name=self._device.name, budget_bytes=budget)
+        self._energy = EnergyKeeper(
+            self._bus, self._settings, self.name, self._device, self._running, clock=self._clock
+        )
+        self._energy.start()
+        self._log.info("energy", source=self._energy.source)
         await self._bus.subscribe(subjects.worker_request(self.name, "load"), self._on_load)
         await self._bus.subscribe(subjects.worker_request(self.name, "evict"), self._on_evict)
         self._bus.on_reconnect(self._changed.set)
@@ -85,6 +92,7 @@ class Worker:
         await self._publish()
         children = [e.child for e in self._engines.values() if e.child is not None]
         await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children))
+        await self._energy.stop()
         if self._register is not None:
             await tasks.end([self._register])
         key = subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name))
@@ -200,7 +208,10 @@ class Worker:
 
     async def _bring_up(self, engine: _Engine, expires_at: float) -> None:
         spec = engine.spec
-        start = Start(worker=self.name, spec=spec, device=self._device)
+        start = Start(
+            worker=self.name, spec=spec, device=self._device, energy_source=self._energy.source,
+            power_w=self._energy.power_w,
+        )  # fmt: skip
         engine.child = await Child.spawn(start, lambda state: self._on_state(engine, state))
         ready = await engine.child.wait_ready(max(expires_at - self._clock(), 1.0))
         now = self._clock()
@@ -250,6 +261,13 @@ class Worker:
 
     # --- engines ---
 
+    def _running(self) -> list[Running]:
+        return [
+            Running(name, engine.child, engine.state.state == "loading")
+            for name, engine in self._engines.items()
+            if engine.child is not None
+        ]
+
     def _on_state(self, engine: _Engine, report: State) -> None:
         state: Literal["ready", "draining"] = "draining" if engine.draining else "ready"
         if engine.state.state == "loading":
@@ -284,6 +302,7 @@ class Worker:
         await self._bus.send(subjects.symptom(symptom.kind), symptom)
 
     def _forget(self, artifact: str) -> int:
+        self._energy.tick()  # what it did last is still its own
         self._engines.pop(artifact, None)
         self._changed.set()
         return self._ledger.release(artifact)
