@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from gguf import TokenType
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from shared.models import gguf_tokenizer, quantize
 from shared.models.gguf_import import GgufModel, import_gguf
 from shared.models.manifest import Manifest
 from tests import tiny
+from tests.decoder import Decoder
 
 Floats = NDArray[np.float32]
 IDS = [1, 40, 7, 122, 280, 33, 91, 12, 250, 5]
@@ -25,42 +25,6 @@ IDS = [1, 40, 7, 122, 280, 33, 91, 12, 250, 5]
 
 def convert(source: Path, folder: Path, *variants: str) -> Manifest:
     return import_gguf(source, folder, name="tiny", licence="", source="here", variants=variants)
-
-
-class Decoder:
-    """A converted graph over a KV cache bound in place, as the engine uses it."""
-
-    def __init__(self, file: Path, manifest: Manifest, rows: int = 1, length: int = 64) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        a = manifest.architecture
-        self._vocab = a.vocab
-        self._caches = {
-            f"{layer}.{side}": np.zeros((rows, a.kv_heads, length, a.head_size), np.float32)
-            for layer in range(a.layers)
-            for side in ("key", "value")
-        }
-
-    def step(self, ids: list[list[int]], before: list[int]) -> Floats:
-        """Logits [batch, vocab] after `ids` [batch, seq] behind `before` [batch] tokens."""
-        tokens, past = np.array(ids, np.int64), np.array(before, np.int32)
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": tokens,
-            "seqlens_k": (past + tokens.shape[1] - 1).astype(np.int32),
-            "total_sequence_length": np.array(past.max() + tokens.shape[1], np.int32),
-        }
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
-        for side, cache in self._caches.items():
-            where = ("cpu", 0, np.float32, list(cache.shape), cache.ctypes.data)
-            binding.bind_input(f"past_key_values.{side}", *where)
-            binding.bind_output(f"present.{side}", *where)
-        logits = np.full((len(ids), 1, self._vocab), np.nan, np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, list(logits.shape), logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        return logits[:, 0]
 
 
 def reference(source: Path, ids: list[int]) -> Floats:
@@ -297,7 +261,7 @@ def test_sentencepiece_tokenizer_merges_by_score() -> None:
         ({"fields": {"llama.block_count": None}}, "llama.block_count"),
         ({"fields": {"tokenizer.ggml.pre": "qwen2"}}, "qwen2"),
         ({"fields": {"tokenizer.ggml.model": "bert"}}, "bert"),
-        ({"tensors": {"blk.1.ffn_up.bias": np.ones(96, np.float32)}}, "blk.1.ffn_up.bias"),
+        ({"tensors": {"blk.1.attn_sinks.weight": np.ones(4, np.float32)}}, "blk.1.attn_sinks"),
         ({"tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "blk.0.attn_q_norm.weight"),
         ({"without": ("blk.1.ffn_up.weight",)}, "blk.1.ffn_up.weight"),
         ({"feed_forward": 48}, "48"),

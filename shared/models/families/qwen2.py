@@ -2,4 +2,4 @@
 
 from shared.models.families.spec import Family
 
-FAMILY = Family(name="qwen2", models="Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen", qkv_bias="required")
+FAMILY = Family(name="qwen2", models="Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen", biases="qkv")

@@ -118,10 +118,14 @@ def _refuse_tensors(file: GgufFile, family: Family, layers: int) -> None:
     block += [] if family.fused_gate_up else ["ffn_gate.weight"]
     block += ["attn_q_norm.weight", "attn_k_norm.weight"] if family.qk_norm else []
     block += ["post_attention_norm.weight", "post_ffw_norm.weight"] if family.post_norms else []
-    biases = [] if family.qkv_bias == "none" else [f"{part}.bias" for part in parts]
+    biases = {
+        "none": [],
+        "qkv": parts,
+        "optional": [part.removesuffix(".weight") for part in block if "norm" not in part],
+    }[family.biases]
     for index in range(layers):
         needed |= {f"blk.{index}.{part}" for part in block}
-        (needed if family.qkv_bias == "required" else optional).update(f"blk.{index}.{bias}" for bias in biases)
+        (needed if family.biases == "qkv" else optional).update(f"blk.{index}.{part}.bias" for part in biases)
     lacking = sorted(needed - file.tensors.keys())
     if lacking:
         raise UnsupportedModel(

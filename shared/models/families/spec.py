@@ -26,7 +26,8 @@ class Family:
     """Rows of q and k are stored for rotating neighbours; otherwise for rotating halves."""
     fused_gate_up: bool = False
     """`ffn_up` holds gate, then up."""
-    qkv_bias: Literal["none", "optional", "required"] = "none"
+    biases: Literal["none", "qkv", "optional"] = "none"
+    """Linear layers with a bias: none, q, k and v, or whichever the file has one for."""
     qk_norm: bool = False
     """Each head of q and k is normalised before it is rotated."""
     post_norms: bool = False
