@@ -79,7 +79,25 @@ def import_gguf(
     on_variant: Callable[[str], None] = lambda _name: None,
 ) -> Manifest:
     """Write the variants of a GGUF into `folder` and return the manifest, which also lists `existing`'s."""
-    model = GgufModel(path)
+    return import_model(
+        GgufModel(path), path, folder, name=name, licence=licence, source=source, variants=variants,
+        existing=existing, on_variant=on_variant,
+    )  # fmt: skip
+
+
+def import_model(
+    model: GgufModel,
+    weights: Path,
+    folder: Path,
+    *,
+    name: str,
+    licence: str,
+    source: str,
+    variants: Sequence[str],
+    existing: Manifest | None = None,
+    on_variant: Callable[[str], None] = lambda _name: None,
+) -> Manifest:
+    """Write variants of an opened model, as `import_gguf` does; `weights` is the file whose checksum stands for it."""
     tokenizer = model.write_tokenizer(folder)
     made: list[Variant] = list(existing.variants) if existing else []
     for precision in variants:
@@ -93,7 +111,7 @@ def import_gguf(
     return Manifest(
         name=name,
         source=source,
-        source_sha256=existing.source_sha256 if existing else sha256_of(path),
+        source_sha256=existing.source_sha256 if existing else sha256_of(weights),
         licence=licence,
         created_at=time.time(),
         architecture=model.architecture,

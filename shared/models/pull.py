@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shared.errors import ChecksumMismatch, NeedsExport, SourceUnavailable, UnsupportedModel
-from shared.models import embedder_import, gguf_import, onnx_dir, sources
+from shared.models import checkpoint_import, embedder_import, gguf_import, onnx_dir, sources
 from shared.models.fleet import FleetFile
 from shared.models.manifest import Manifest
 from shared.models.store import ModelStore
@@ -159,11 +159,7 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
         )  # fmt: skip
     if source.is_dir():
         if is_checkpoint(source):
-            raise NeedsExport(
-                f"{wanted.source} has weights (safetensors) and no ONNX graph.",
-                f'Make one: pip install "calm-fleet[export]", then `calm models export {wanted.source}'
-                f" --name {wanted.name}`. A GGUF or ONNX build of the same model needs no export.",
-            )
+            return _import_checkpoint(wanted, source, folder, existing, on_variant)
         if len(wanted.variants) > 1:
             raise UnsupportedModel(
                 f"{wanted.source} is a ready ONNX folder, which is one variant, and not {', '.join(wanted.variants)}.",
@@ -174,11 +170,28 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
             variant=wanted.variants[0], existing=existing,
         )  # fmt: skip
     if source.suffix.lower() != ".gguf":
-        raise UnsupportedModel(f"{source.name} is neither a GGUF file nor an ONNX folder.", "Give one of these.")
+        raise UnsupportedModel(f"{source.name} is neither a GGUF file nor a folder.", "Give one of these.")
     return gguf_import.import_gguf(
         source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
         variants=wanted.variants, existing=existing, on_variant=on_variant,
     )  # fmt: skip
+
+
+def _import_checkpoint(
+    wanted: Wanted, source: Path, folder: Path, existing: Manifest | None, on_variant: Callable[[str], None]
+) -> Manifest:
+    try:
+        return checkpoint_import.import_checkpoint(
+            source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
+            variants=wanted.variants, existing=existing, on_variant=on_variant,
+        )  # fmt: skip
+    except NeedsExport as error:
+        raise NeedsExport(
+            f"{wanted.source} has weights (safetensors) and no ONNX graph, and none can be built for it here:"
+            f" {error.message}",
+            f'Make one: pip install "calm-fleet[export]", then `calm models export {wanted.source}'
+            f" --name {wanted.name}`. A GGUF or ONNX build of the same model needs no export.",
+        ) from None
 
 
 def is_checkpoint(path: Path) -> bool:
