@@ -16,6 +16,7 @@ import numpy as np
 from services.workers.engine import sampling
 from services.workers.engine.energy import Meter
 from services.workers.engine.gate import Gate, Open
+from services.workers.engine.lora import APART, Choice, Stack
 from services.workers.engine.pace import Pace
 from services.workers.engine.runner import Logits, Runner
 from services.workers.engine.schedule import Move, Schedule
@@ -38,6 +39,8 @@ class Request:
     prompt: list[int] | None = None
     urgent: bool = True
     """Read before those that are not."""
+    adapter: str = ""
+    """LoRA adapter over the model; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class _Sequence:
     limit: int
     growing: Growing
     source: np.random.Generator
+    adapter: int = 0
     tokens_cached: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -118,6 +122,7 @@ class Batcher:
         prefill_chunk: int = PREFILL_CHUNK,
         schedule: Schedule | None = None,
         gate: Gate | None = None,
+        adapters: Choice | None = None,
     ) -> None:
         """`clock` gives Unix seconds, `timer` measures steps; `schedule` is made for `slots` when left out."""
         self._runner = runner
@@ -129,6 +134,7 @@ class Batcher:
         self._pace = Pace(prefill_chunk)
         self._schedule = schedule or Schedule(slots, compact=runner.compact)
         self._gate = gate or Open()
+        self._adapters = adapters or Stack()
         self._chooser = sampling.Chooser(runner.vocab)
         self._sequences: dict[str, _Sequence] = {}
         self._deadlines: dict[str, float] = {}
@@ -148,7 +154,9 @@ class Batcher:
 
         Raises:
             ContextExceeded: its prompt does not fit the context and leave room for an answer.
+            ModelMissing: it asks for an adapter that is not held here.
         """
+        adapter = self._adapters.number(request.adapter)
         prompt = self._text.prompt(request.messages) if request.prompt is None else request.prompt
         if len(prompt) >= self._context:
             raise ContextExceeded(
@@ -158,11 +166,13 @@ class Batcher:
         limit = min(request.sampling.max_tokens, self._context - len(prompt))
         self._sequences[request.id] = _Sequence(
             request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop),
-            sampling.generator(request.sampling.seed),
+            sampling.generator(request.sampling.seed), adapter,
         )  # fmt: skip
         if request.deadline_at is not None:
             self._deadlines[request.id] = request.deadline_at
-        self._schedule.add(request.id, prompt, reserve=len(prompt) + limit, urgent=request.urgent, now_s=self._clock())
+        self._schedule.add(
+            request.id, _keys(prompt, adapter), reserve=len(prompt) + limit, urgent=request.urgent, now_s=self._clock()
+        )
 
     def cancel(self, sequence: str) -> bool:
         """Stop a sequence and free its row; False when it is not here."""
@@ -243,10 +253,11 @@ class Batcher:
             state.tokens_cached = schedule.reused[sequence]
         start = len(held)
         piece = state.prompt[start : start + most]
+        self._adapters.select([state.adapter])
         began = self._timer()
         logits = self._runner.prefill(schedule.row_of(sequence), piece, start)
         self._pace.has_read(len(piece), self._timer() - began)
-        held += piece
+        held += _keys(piece, state.adapter)
         state.energy_in_j += self._charge_j()
         if len(held) < len(state.prompt):
             return []
@@ -256,21 +267,24 @@ class Batcher:
     def _decode(self) -> list[Event]:
         schedule = self._schedule
         began = self._timer()
-        tokens, lengths = [], []
+        tokens, lengths, adapters = [], [], []
         decoding: list[tuple[int, str]] = []
         for index, row in enumerate(schedule.rows[: schedule.span]):
             if row.owner is None or row.reading:  # what is written behind its tokens is never read
                 del row.tokens[self._context - 1 :]
                 tokens.append(0)
+                adapters.append(0)
             else:
                 decoding.append((index, row.owner))
                 tokens.append(self._sequences[row.owner].tokens[-1])
+                adapters.append(self._sequences[row.owner].adapter)
             lengths.append(len(row.tokens))
+        self._adapters.select(adapters)
         logits = self._runner.decode(tokens, lengths)
         self._pace.has_decoded(len(decoding), self._timer() - began)
         share = self._charge_j() / len(decoding)
         for index, sequence in decoding:
-            schedule.rows[index].tokens.append(tokens[index])
+            schedule.rows[index].tokens.append(tokens[index] + APART * adapters[index])
             state = self._sequences[sequence]
             state.batch_sum += len(decoding)
             state.steps += 1
@@ -330,3 +344,8 @@ class Batcher:
             tokens=tuple(state.tokens),
             tokens_cached=state.tokens_cached,
         )
+
+
+def _keys(tokens: list[int], adapter: int) -> list[int]:
+    """What the schedule compares prefixes by: the same token under another adapter is another."""
+    return [token + APART * adapter for token in tokens] if adapter else tokens
