@@ -301,6 +301,8 @@ class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
     sampling: Sampling
     planned: Planned
     """Kept whole, so that any executor can fall back after this attempt without state of its own."""
+    adapter: str = ""
+    """LoRA adapter of the artifact that the card uses."""
     stamps: dict[str, float] = {}
 
 
@@ -426,12 +428,17 @@ class ArtifactSpec(_Internal, frozen=True, kw_only=True):
     """Tokens a slot can hold: prompt and answer together."""
     overhead_bytes: int = 0
     """The engine process without weights and KV cache."""
+    adapters: list[str] = []
+    """LoRA adapters that its engine holds over the model: those of all cards that use it."""
+    adapter_bytes: int = 0
+    """Of all these adapters."""
     tokenizer: str = ""
     """sha256 of tokenizer.json: models that share it share their token counts."""
 
     @property
     def footprint_bytes(self) -> int:
-        return self.weights_bytes + self.overhead_bytes + self.kv_bytes_per_token * self.context * self.slots
+        held = self.weights_bytes + self.adapter_bytes + self.overhead_bytes
+        return held + self.kv_bytes_per_token * self.context * self.slots
 
 
 class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
@@ -439,6 +446,8 @@ class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
 
     name: str
     artifact: ArtifactSpec
+    adapter: str = ""
+    """LoRA adapter over the artifact; empty for the model as it is."""
     description: str
     exemplars: list[str] = []
     domains: dict[str, float] = {}

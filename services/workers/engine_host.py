@@ -225,7 +225,10 @@ class EngineHost:
             return
         self._jobs[work.query_id] = job
         try:
-            self._submit(Request(work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at))
+            request = Request(
+                work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at, adapter=work.adapter
+            )
+            self._submit(request)
             end = await self._stream(job)
         except asyncio.CancelledError:
             self._withdraw(work.query_id)

@@ -50,11 +50,11 @@ class Variant(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`fp32`, `int8`, `int4`, or a name of its own for ready ONNX directories."""
     path: str
     """Folder inside the model's folder; holds `model.onnx` and what it refers to."""
-    layout: Literal["calm", "gqa", "concat", "encoder", "static"]
+    layout: Literal["calm", "gqa", "concat", "encoder", "static", "lora"]
     """`calm`: our importer's graph (inputs input_ids, seqlens_k, total_sequence_length, shared KV buffers).
     `gqa`: GroupQueryAttention graph driven by attention_mask, shared KV buffers (onnxruntime-genai style).
     `concat`: present = past + new (plain Optimum export). `encoder`: an embedding model;
-    `static`: embeddings looked up in a table."""
+    `static`: embeddings looked up in a table; `lora`: an adapter, `adapter.safetensors`."""
     weights_bytes: int
     """Bytes of weights in memory once loaded."""
     files: dict[str, str] = {}
@@ -63,7 +63,9 @@ class Variant(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
-    kind: Literal["generator", "embedder"] = "generator"
+    kind: Literal["generator", "embedder", "adapter"] = "generator"
+    base: str = ""
+    """Of an adapter, the model that it was made for; `architecture` is that model's."""
     source: str = ""
     source_sha256: str = ""
     licence: str = ""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from shared.errors import ChecksumMismatch, NeedsExport, SourceUnavailable, UnsupportedModel
-from shared.models import checkpoint_import, embedder_import, gguf_import, onnx_dir, sources
+from shared.models import checkpoint_import, embedder_import, gguf_import, lora, onnx_dir, sources
+from shared.models.files import sha256_of, weights_file
 from shared.models.fleet import FleetFile
 from shared.models.manifest import Manifest
 from shared.models.store import ModelStore
 
+ADAPTER = "lora"
+"""The one variant of an adapter."""
 KEPT_SOURCE = "source.gguf"
 """The GGUF stays in the model's folder, so that a further variant needs no download."""
 
@@ -49,10 +53,12 @@ class Wanted:
     variants: tuple[str, ...]
     sha256: str = ""
     embedder: bool = False
+    base: str = ""
+    """Of an adapter, the model in the store that it is for."""
 
 
 def wanted_by(fleet: FleetFile) -> list[Wanted]:
-    """What a fleet needs: its embedding model, and each model in the variants that cards use."""
+    """What a fleet needs: its embedding model, each model in the variants that cards use, and then their adapters."""
     used = {(card.model, card.variant) for card in fleet.cards}
     e = fleet.embedder
     result = [Wanted(e.name, e.source, e.licence, (e.variant,), e.sha256, embedder=True)]
@@ -60,6 +66,12 @@ def wanted_by(fleet: FleetFile) -> list[Wanted]:
         variants = tuple(v for v in model.variants if (model.name, v) in used)
         if variants:
             result.append(Wanted(model.name, model.source, model.licence, variants, model.sha256))
+    named = {card.adapter for card in fleet.cards}
+    result += [
+        Wanted(a.name, a.source, a.licence, (ADAPTER,), a.sha256, base=a.model)
+        for a in fleet.adapters
+        if a.name in named
+    ]
     return result
 
 
@@ -114,7 +126,11 @@ def pull(
                 source = _source(wanted, store, existing, work, progress, hub, token)
                 if existing is not None:
                     _take_over(store.path(wanted.name), folder, existing)
-                manifest = (importer or _import)(wanted, source, folder, existing, progress)
+                if wanted.base:
+                    base = store.get(wanted.base)
+                    manifest = import_adapter(wanted, source, folder, base)
+                else:
+                    manifest = (importer or _import)(wanted, source, folder, existing, progress)
                 _keep_source(wanted, source, folder)
                 published = store.publish(folder, manifest)
         except OSError as error:
@@ -174,6 +190,22 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
     return gguf_import.import_gguf(
         source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
         variants=wanted.variants, existing=existing, on_variant=on_variant,
+    )  # fmt: skip
+
+
+def import_adapter(wanted: Wanted, source: Path, folder: Path, base: Manifest) -> Manifest:
+    """Write an adapter for the model `base` into `folder`; its manifest.
+
+    Raises:
+        UnsupportedModel: it is none, or not for this model.
+    """
+    target = folder / ADAPTER
+    target.mkdir()
+    lora.write(lora.read_adapter(source, base.architecture), target / lora.FILE)
+    return Manifest(
+        name=wanted.name, kind="adapter", base=base.name, source=wanted.source,
+        source_sha256=sha256_of(weights_file(source)), licence=wanted.licence, created_at=time.time(),
+        architecture=base.architecture, variants=[gguf_import.describe_variant(ADAPTER, target, "lora")],
     )  # fmt: skip
 
 

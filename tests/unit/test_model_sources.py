@@ -54,6 +54,8 @@ def test_names_that_lead_out_of_the_folder_are_refused(hub: FakeHub, tmp_path: P
          ["model.safetensors", "config.json", "1_Pooling/config.json"]),
         (["cpu/model.onnx", "cpu/tokenizer.json", "gpu/model.onnx"], "cpu", ["cpu/model.onnx", "cpu/tokenizer.json"]),
         (["model-00001-of-00002.safetensors", "config.json"], "", []),
+        (["adapter_model.safetensors", "adapter_config.json", "README.md"], "",
+         ["adapter_model.safetensors", "adapter_config.json"]),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"], "",
          ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]),
     ],
