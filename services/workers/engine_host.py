@@ -149,15 +149,12 @@ class EngineHost:
                     self._batcher.add(request)
                 except CalmError as error:
                     events.append(Failed(request.id, error))
-            self._meter.begin()
             try:
                 events += self._batcher.step()
             except Exception as error:  # noqa: BLE001 a step that fails takes its sequences with it, not the fleet
                 failure = EngineFailed(f"The engine failed: {error!r}.", "See the worker's log.")
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
-            finally:
-                self._meter.end()
             if events:
                 self._loop.call_soon_threadsafe(self._deliver, events)
 

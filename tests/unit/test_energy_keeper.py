@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.workers.energy_keeper import EnergyKeeper, Running
 from services.workers.engine.energy import AttributedMeter, ModelMeter, NvmlMeter, choose_meter
+from services.workers.engine.gate import Open
 from services.workers.protocol import Activity, Charge, Command
 from shared.messages import Device
 from shared.settings import Settings
@@ -181,20 +182,25 @@ def test_the_counter_s_device_is_the_one_that_cuda_means() -> None:
     assert isinstance(choose_meter(GPU, 1.0, 1.0, nvml=nvml, visible="7"), NvmlMeter)
 
 
-def test_an_engine_s_meter_runs_only_during_steps() -> None:
-    """Between steps it stands still; a settlement moves it towards the supervisor's figure."""
+def test_an_engine_s_meter_runs_only_while_it_computes() -> None:
+    """Between steps, and waiting for a turn, it stands still; a settlement moves it towards the supervisor's figure."""
     now = 0.0
+
+    class Waiting(Open):
+        def __enter__(self) -> Open:
+            nonlocal now
+            now += 3.0  # for its turn
+            return self
+
     meter = AttributedMeter("nvml", 100.0, clock=lambda: now)
-    meter.begin()
-    now = 1.0
-    assert meter.read_j() == 100.0
-    meter.end()
-    now = 5.0
+    with meter.gated(Waiting()):
+        now += 1.0
+        assert meter.read_j() == 100.0
+    now = 15.0
     assert meter.read_j() == 100.0
     assert meter.busy_s == 1.0
     meter.settle(50.0, 1.0)
     assert meter.read_j() == 100.0
-    meter.begin()
-    now = 7.0
-    meter.end()
+    with meter.gated(Open()):
+        now += 2.0
     assert 100.0 <= meter.read_j() < 200.0

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from services.workers.engine import sampling
-from services.workers.engine.energy import Meter
+from services.workers.engine.energy import AttributedMeter, Meter
 from services.workers.engine.gate import Gate, Open
 from services.workers.engine.lora import APART, Choice, Stack
 from services.workers.engine.pace import Pace
@@ -133,7 +133,8 @@ class Batcher:
         self._timer = timer
         self._pace = Pace(prefill_chunk)
         self._schedule = schedule or Schedule(slots, compact=runner.compact)
-        self._gate = gate or Open()
+        gate = gate or Open()
+        self._gate = meter.gated(gate) if isinstance(meter, AttributedMeter) else gate
         self._adapters = adapters or Stack()
         self._chooser = sampling.Chooser(runner.vocab)
         self._sequences: dict[str, _Sequence] = {}

@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
 
 from services.workers.energy_split import Follower
+from services.workers.engine.gate import Gate
 from shared.messages import Device
 
 Source = Literal["nvml", "rapl", "model"]
@@ -125,8 +127,8 @@ def choose_meter(
 class AttributedMeter:
     """An engine's part of its device's energy, as the supervisor attributes it; what the engine's queries share.
 
-    The engine thread calls `begin` and `end` around each step, and `read_j` inside; settlements come from another
-    thread. Between them it runs on by `Follower`.
+    It runs while the engine computes (`begin`, `end`; `gated` does it), which is when the engine thread calls `read_j`;
+    settlements come from another thread. Between them it runs on by `Follower`.
     """
 
     def __init__(self, source: Source, power_w: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -135,6 +137,10 @@ class AttributedMeter:
         self._clock = clock
         self._since: float | None = None
         self._lock = threading.Lock()
+
+    def gated(self, gate: Gate) -> Gate:
+        """A gate that runs this meter while it is held: waiting for a turn at the device is not work."""
+        return _Gated(gate, self)
 
     def begin(self) -> None:
         """A step begins: from now on time is busy."""
@@ -170,6 +176,27 @@ class AttributedMeter:
         now = self._clock()
         seconds, self._since = now - self._since, now
         return self._follower.advance(seconds)
+
+
+class _Gated:
+    def __init__(self, gate: Gate, meter: AttributedMeter) -> None:
+        self._gate = gate
+        self._meter = meter
+
+    @property
+    def contended(self) -> bool:
+        return self._gate.contended
+
+    def __enter__(self) -> Self:
+        self._gate.__enter__()
+        self._meter.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._meter.end()
+        self._gate.__exit__(kind, error, trace)
 
 
 def _readable(zone: Path) -> bool:
