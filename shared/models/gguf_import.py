@@ -54,7 +54,6 @@ class GgufModel:
         if template:
             (folder / "chat_template.jinja").write_text(template)
         tokens = self.fields["tokenizer.ggml.tokens"]
-        sentencepiece = self.fields.get("tokenizer.ggml.model") == "llama"
         bos = self.fields.get("tokenizer.ggml.bos_token_id")
         eos = self.fields.get("tokenizer.ggml.eos_token_id")
         return TokenizerInfo(
@@ -62,7 +61,7 @@ class GgufModel:
             bos_token=tokens[bos] if bos is not None else "",
             eos_token=tokens[eos] if eos is not None else "",
             stop_token_ids=gguf_tokenizer.stop_token_ids(self.fields),
-            add_bos=bool(self.fields.get("tokenizer.ggml.add_bos_token", sentencepiece)),
+            add_bos=gguf_tokenizer.adds_bos(self.fields),
             chat_template="chat_template.jinja" if template else "",
         )
 

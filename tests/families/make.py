@@ -3,7 +3,7 @@
 Needs torch and transformers, in an environment of its own (they are of no use to the tests themselves):
 
     python3 -m venv /tmp/reference
-    /tmp/reference/bin/pip install "torch==2.13.0" "transformers==4.57.6" sentencepiece protobuf -e ".[cpu]"
+    /tmp/reference/bin/pip install "torch==2.13.0" "transformers==4.57.6" sentencepiece protobuf tiktoken -e ".[cpu]"
     /tmp/reference/bin/python -m tests.families.make
 
 Writes tests/golden/families/: an .npz per tiny model (logits of every position in fp32, and a hash of the weights,
@@ -18,6 +18,7 @@ import numpy as np
 
 from tests.families.cases import CASES, Case, Floats, fingerprint, weights
 from tests.families.logits import GOLDEN
+from tests.families.make_tokenizers import make as make_tokenizers
 
 
 def transformers_logits(case: Case, *, cached: bool = False) -> Floats:
@@ -55,6 +56,7 @@ def main() -> None:
             weights_sha256=np.array(fingerprint(weights(case))),
         )
         print(case.name)
+    make_tokenizers()
 
 
 if __name__ == "__main__":

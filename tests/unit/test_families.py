@@ -38,12 +38,13 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_logits_are_those_of_transformers_now(tmp_path: Path, case: Case) -> None:
-    """Where transformers is installed, it is asked itself, token by token over its own cache."""
+    """Where transformers is installed, it is asked itself, token by token over its own cache (but for long factors:
+    its cache would keep keys rotated by the short ones, which is why its `generate` drops it on the way)."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.families.make import transformers_logits
 
-    live = transformers_logits(case, cached=True)
+    live = transformers_logits(case, cached="long" not in case.name)
     np.testing.assert_allclose(live, recorded(case), rtol=0, atol=WITHIN)
     np.testing.assert_allclose(Imported(case, tmp_path).token_by_token(), live, rtol=0, atol=WITHIN)
 

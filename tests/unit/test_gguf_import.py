@@ -259,7 +259,7 @@ def test_sentencepiece_tokenizer_merges_by_score() -> None:
         ({"fields": {"llama.attention.head_count_kv": [2, 1]}}, "KV heads"),
         ({"fields": {"llama.rope.dimension_count": 8}}, "Partial rotation"),
         ({"fields": {"llama.block_count": None}}, "llama.block_count"),
-        ({"fields": {"tokenizer.ggml.pre": "qwen2"}}, "qwen2"),
+        ({"fields": {"tokenizer.ggml.pre": "chatglm-bpe"}}, "chatglm-bpe"),
         ({"fields": {"tokenizer.ggml.model": "bert"}}, "bert"),
         ({"tensors": {"blk.1.attn_sinks.weight": np.ones(4, np.float32)}}, "blk.1.attn_sinks"),
         ({"tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "blk.0.attn_q_norm.weight"),
