@@ -6,15 +6,15 @@ decoding, so that a long prompt makes the streams beside it slower by a bounded 
 
 from __future__ import annotations
 
-STALL = 1.5
-"""Reading time of a step over its decoding time: gaps grow to 2.5 times; under 4 with all that varies."""
+STALL = 1.75
+"""Reading time of a step over its decoding time: gaps grow to 2.75 times; under 4 with all that varies."""
 ALONE_S = 0.25
 """Nothing decodes: a step is bounded all the same, for whoever wants to cancel or to come first."""
 SHARED_S = 0.05
 """Other engines wait for this device: none holds it longer than this."""
-LEAST = 16
+LEAST = 8
 """Fewer tokens at once cost hardly less time."""
-_WEIGHT = 0.3
+_WEIGHT = 0.5
 
 
 class Pace:
