@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterable
@@ -177,13 +178,16 @@ def adapters_of(fleet: FleetFile, model: str, variant: str) -> list[str]:
 
 
 def _with_adapters(spec: m.ArtifactSpec, adapters: list[str], store: Manifests) -> m.ArtifactSpec:
-    size = 0
+    """With other adapters it is another artifact: engines that run already hold those they were loaded with."""
+    size, digest = 0, hashlib.sha256()
     for name in adapters:
         manifest = _manifest(store, name)
         if manifest.kind != "adapter":
             raise ModelMissing(f"{name!r} is in the model store, and is no adapter.", "Remove it, and pull again.")
         size += sum(variant.weights_bytes for variant in manifest.variants)
-    return msgspec.structs.replace(spec, adapters=adapters, adapter_bytes=size)
+        digest.update(f"{name} {manifest.source_sha256}\n".encode())
+    name = f"{spec.name}-{digest.hexdigest()[:6]}"
+    return msgspec.structs.replace(spec, name=name, adapters=adapters, adapter_bytes=size)
 
 
 def artifact_specs(fleet: FleetFile, store: Manifests) -> dict[str, m.ArtifactSpec]:

@@ -71,7 +71,7 @@ async def test_three_cards_answer_from_one_engine(system: System) -> None:
     nc = system.bus.nc
     asked = [ask(nc, prompt="hello there", model=card, max_tokens=12) for card in (*CARDS, *CARDS)]
     answers = await asyncio.gather(*asked)
-    assert {a["artifact"] for a in answers} == {"tiny-fp32"}
+    assert len({a["artifact"] for a in answers}) == 1
     texts = [a["text"] for a in answers]
     assert texts[:3] == texts[3:]
     assert len(set(texts)) == 3

@@ -109,14 +109,17 @@ def test_cards_over_one_base_share_its_artifact(filled: tuple[pull.FleetFile, Mo
     query = Accepted(query=Query(prompt="x"), query_id="q", deadline_at=1.0)
     route = Route(query_id="q", order=["first", "plain"], candidates=[], reason="best_utility")
     work = attempts.work(Planned(accepted=query, route=route), cards, 0, 1, 0.0)
-    assert (work.artifact, work.adapter) == ("tiny-fp32", "one")
+    assert (work.artifact, work.adapter) == (spec.name, "one")
+    without = fleet_file.parse_fleet(text(card_adapter="one"), "f.toml")
+    assert spec.name != next(iter(fleet_file.artifact_specs(without, store))) != "tiny-fp32"
     assert attempts.work(Planned(accepted=query, route=route), cards, 1, 2, 0.0).adapter == ""
 
 
 def test_an_engine_loads_the_base_with_its_adapters(filled: tuple[pull.FleetFile, ModelStore], tmp_path: Path) -> None:
     """What the spec names is loaded; one that is not in the store is an error that says so."""
     fleet, store = filled
-    spec = fleet_file.artifact_specs(fleet, store)["tiny-fp32"]
+    (spec,) = fleet_file.artifact_specs(fleet, store).values()
+    assert spec.name.startswith("tiny-fp32-")
     loaded = load(store.path("tiny"), store.get("tiny"), spec, CPU, NoMeter())  # type: ignore[arg-type]
     assert loaded.batcher.free_slots == 3
     store.remove("two")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from services.cli.models import name_of
+from services.cli.models import models, name_of
+from services.cli.options import parser
 from shared.errors import (
     CalmError,
     ChecksumMismatch,
@@ -29,6 +31,7 @@ from shared.models.store import ModelStore
 from shared.settings import Settings
 from tests import tiny
 from tests.fake_hub import COMMIT, REPOSITORY, FakeHub, serving
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 DATA = bytes(range(256)) * 40
 
@@ -226,6 +229,18 @@ def test_weights_without_a_graph_say_how_one_is_made(hub: FakeHub, tmp_path: Pat
     assert f"calm models export hf:{REPOSITORY} --name tiny" in raised.value.remedy
     assert len(hub.downloads()) == len(hub.files)
     assert not store.has("tiny")
+
+
+def test_the_command_adds_a_repository(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`calm models add hf:...` brings a private checkpoint into the store, under the repository's name."""
+    source = write_tiny_checkpoint(tmp_path / "source", layers=1, shards=2)
+    hub.files = {p.name: p.read_bytes() for p in source.iterdir()} | {"pytorch_model.bin": b"x" * 5000}
+    hub.private = True
+    settings = Settings(home=tmp_path, hub_url=hub.url, hub_token="secret")
+    asked = parser().parse_args(["models", "add", f"hf:{REPOSITORY}", "--variants", "int8,fp32", "--licence", "MIT"])
+    assert models(asked, settings) == 0
+    assert re.search(r"tiny +generator +MIT +int8 .*, fp32 ", capsys.readouterr().out)
+    assert not any("pytorch" in path for path in hub.paths())
 
 
 def test_the_hub_s_own_variables_are_understood() -> None:
