@@ -13,9 +13,10 @@ from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from shared.errors import UnsupportedModel
-from shared.models.families import family_of
+from shared.models.families import FAMILIES, family_of
 from shared.models.families.read import read
 from shared.models.gguf_import import GgufModel, import_gguf
+from shared.models.sources import select
 from tests import tiny
 from tests.decoder import Decoder
 from tests.families import gguf
@@ -43,6 +44,20 @@ def test_parts_of_a_split_model_are_joined(tmp_path: Path) -> None:
     assert "gguf-split" in raised.value.remedy
     with pytest.raises(UnsupportedModel, match="one part of 3"):
         GgufModel(tmp_path / "other-name.gguf")
+
+
+def test_all_parts_are_fetched_from_a_hub() -> None:
+    """Naming one part of a split model in a repository fetches them all, and no other file."""
+    parts = [f"big/m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    assert select([*parts, "big/m-00001-of-00003.gguf", "n.gguf", "config.json"], parts[0]) == parts
+
+
+def test_the_document_names_every_family() -> None:
+    """docs/models.md lists the families that are read, and the models they are known by."""
+    document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for family in FAMILIES.values():
+        assert f"| `{family.name}` | " in document
+        assert family.models.split(",")[0] in document
 
 
 @pytest.mark.parametrize(
