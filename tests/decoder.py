@@ -23,8 +23,10 @@ class Decoder:
         self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         a = manifest.architecture
         self._vocab = a.vocab
+        past = next(i.type for i in self._session.get_inputs() if i.name.startswith("past"))
+        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[past]
         self._caches = {
-            f"{layer}.{side}": np.zeros((rows, a.kv_heads, length, a.head_size), np.float32)
+            f"{layer}.{side}": np.zeros((rows, a.kv_heads, length, a.head_size), dtype)
             for layer in range(a.layers)
             for side in ("key", "value")
         }
@@ -41,7 +43,7 @@ class Decoder:
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
         for side, cache in self._caches.items():
-            where = ("cpu", 0, np.float32, list(cache.shape), cache.ctypes.data)
+            where = ("cpu", 0, cache.dtype.type, list(cache.shape), cache.ctypes.data)
             binding.bind_input(f"past_key_values.{side}", *where)
             binding.bind_output(f"present.{side}", *where)
         logits = np.full((len(ids), 1, self._vocab), np.nan, np.float32)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from shared.errors import UnsupportedModel
 from shared.models import gguf_tokenizer
@@ -17,7 +19,7 @@ from shared.models.gguf_file import Floats, GgufFile
 from shared.models.manifest import Manifest, TokenizerInfo, Variant
 from shared.models.onnx_graph import DecoderBuilder
 
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16")
 
 
 class GgufModel:
@@ -42,6 +44,11 @@ class GgufModel:
         if precision not in PRECISIONS:
             raise UnsupportedModel(
                 f"There is no variant {precision!r}.", f"Variants of a GGUF are {', '.join(PRECISIONS)}."
+            )
+        if "fp16" in precision and self.spec.family.overflows_half:
+            raise UnsupportedModel(
+                f"{self.spec.family.name} does not fit into half precision: sums within it pass 65,504.",
+                "Use fp32, int8 or int4.",
             )
         DecoderBuilder(self.spec, Weights(self.file, self.spec), precision).save(folder)  # type: ignore[arg-type]
 
@@ -105,7 +112,8 @@ def import_model(
         on_variant(precision)
         target = folder / precision
         model.write_variant(precision, target)
-        made.append(describe_variant(precision, target, "calm"))
+        half: Literal["float16"] | None = "float16" if "fp16" in precision else None
+        made.append(replace(describe_variant(precision, target, "calm"), kv_dtype=half))
     licence = licence or str(model.fields.get("general.license", ""))
     return Manifest(
         name=name,

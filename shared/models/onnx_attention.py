@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from shared.models.families.spec import DecoderSpec, Rope
@@ -18,7 +17,7 @@ _TABLES_BYTES = 16 * 2**20
 they would take 67 MB for 131,072 positions of a head of 128, 134 MB for those of a Gemma 3."""
 
 Node = Callable[..., str]
-Init = Callable[[str, NDArray[Any]], str]
+Init = Callable[..., str]
 
 
 class Attention:
@@ -29,11 +28,12 @@ class Attention:
     tables would be large, or when the factors depend on the context.
     """
 
-    def __init__(self, spec: DecoderSpec, weights: Weights, node: Node, init: Init) -> None:
+    def __init__(self, spec: DecoderSpec, weights: Weights, node: Node, init: Init, *, half: bool) -> None:
         self._spec = spec
         self._weights = weights
         self._node = node
         self._init = init
+        self._half = half
         a = spec.architecture
         fits = all(rope.beyond is None and rope.inverse.size % 8 == 0 for rope in spec.ropes.values())
         self._inside = not spec.family.qk_norm and fits and a.head_size % 16 == 0 and spec.tables_bytes <= _TABLES_BYTES
@@ -124,18 +124,22 @@ class Attention:
 
     def _sines(self, name: str, rope: Rope) -> None:
         """Cosines and sines [batch x seq, rotated / 2] of this step's positions."""
-        inverse = self._init(f"rotation.{name}.inverse", rope.inverse.astype(np.float32))
+        inverse = self._init(f"rotation.{name}.inverse", rope.inverse.astype(np.float32), exact=True)
         if rope.beyond is not None:
             inverse = self._by_capacity(name, rope, inverse)
         angles = self._node("Mul", ["rotation.at", inverse], [f"rotation.{name}.angles"])
         flat = self._init(f"rotation.{name}.flat", np.array([-1, rope.inverse.size], np.int64))
         angles = self._node("Reshape", [angles, flat], [f"rotation.{name}.rows"])
         for operator, made in zip(("Cos", "Sin"), _names(name), strict=True):
-            if rope.magnitude == 1.0:
-                self._node(operator, [angles], [made])
-                continue
-            plain = self._node(operator, [angles], [f"{made}.plain"])
-            self._node("Mul", [plain, self._init(f"{made}.magnitude", np.array(rope.magnitude, np.float32))], [made])
+            steps: list[tuple[str, list[str], dict[str, Any]]] = [(operator, [], {})]
+            if rope.magnitude != 1.0:
+                by = self._init(f"{made}.magnitude", np.array(rope.magnitude, np.float32), exact=True)
+                steps.append(("Mul", [by], {}))
+            if self._half:  # angles reach the length of the context: only what comes of them fits into half precision
+                steps.append(("Cast", [], {"to": TensorProto.FLOAT16}))
+            x = angles
+            for step, (name_of, more, attributes) in enumerate(steps, 1):
+                x = self._node(name_of, [x, *more], [made if step == len(steps) else f"{made}.{step}"], **attributes)
 
     def _by_capacity(self, name: str, rope: Rope, short: str) -> str:
         """The frequencies for the cache's size. Chosen by what a slot can hold and not by what it holds, so that a
@@ -146,7 +150,7 @@ class Attention:
         capacity = node("Gather", [shape, self._init(f"{p}.axis", np.array(2, np.int64))], [f"{p}.capacity"], axis=0)
         original = self._init(f"{p}.original", np.array(rope.original, np.int64))
         longer = node("Greater", [capacity, original], [f"{p}.longer"])
-        long = self._init(f"{p}.beyond", rope.beyond.astype(np.float32))
+        long = self._init(f"{p}.beyond", rope.beyond.astype(np.float32), exact=True)
         return node("Where", [longer, long, short], [f"{p}.chosen"])
 
 

@@ -4,7 +4,7 @@ The graph's contract (layout `calm`), which the engine relies on:
 
 - inputs `input_ids` int64 [batch, seq]; `seqlens_k` int32 [batch]: valid tokens after this step, minus 1;
   `total_sequence_length` int32 []: the largest of these, plus 1; `past_key_values.L.key` and `.value`
-  float32 [batch, kv_heads, max_length, head_size];
+  float32 (float16 in precisions with fp16) [batch, kv_heads, max_length, head_size];
 - outputs `present.L.key` and `.value`, of the same shape, meant to be bound to the memory of the inputs;
   `logits` float32 [batch, 1, vocab]: of the last position only, so that prefill does not pay for all.
 """
@@ -25,7 +25,9 @@ from shared.models.families.weights import Rows, Weights
 from shared.models.onnx_attention import Attention
 
 Floats = NDArray[np.float32]
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16"]
+"""Of the weights, and after the dash of everything between them when that is not float32. GroupQueryAttention runs on
+CUDA with half precision alone (onnxruntime's docs/OperatorKernels.md), so those with fp16 are the ones for GPUs."""
 
 _MS = "com.microsoft"
 
@@ -37,11 +39,12 @@ class DecoderBuilder:
         self._spec = spec
         self._a = spec.architecture
         self._weights = weights
-        self._precision = precision
+        self._weights_as, _, between = precision.partition("-")
+        self._half = "fp16" in (self._weights_as, between)
         self._nodes: list[onnx.NodeProto] = []
         self._inits: list[onnx.TensorProto] = []
         self._widened: set[str] = set()
-        self._attention = Attention(spec, weights, self._node, self._init)
+        self._attention = Attention(spec, weights, self._node, self._init, half=self._half)
 
     def save(self, folder: Path) -> None:
         """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
@@ -56,7 +59,10 @@ class DecoderBuilder:
 
     # --- pieces ---
 
-    def _init(self, name: str, value: NDArray[Any]) -> str:
+    def _init(self, name: str, value: NDArray[Any], *, exact: bool = False) -> str:
+        """A constant; float32 becomes this graph's float type unless it is to stay `exact`."""
+        if self._half and value.dtype == np.float32 and not exact:
+            value = value.astype(np.float16)
         self._inits.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
@@ -75,10 +81,10 @@ class DecoderBuilder:
         """x [.., k] times weights [n, k] transposed, in this graph's precision."""
         rows, columns = weights.shape
         out = f"{name}.out"
-        if self._precision == "fp32":
+        if self._weights_as.startswith("fp"):
             return self._node("MatMul", [x, self._init(f"{name}.w", weights.T)], [out])
         common = {"N": rows, "block_size": quantize.BLOCK, "accuracy_level": 4}
-        if self._precision == "int8":
+        if self._weights_as == "int8":
             values, scales = quantize.int8(weights)
             inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
             return self._node("MatMulNBits", inputs, [out], _MS, bits=8, K=columns, **common)
@@ -103,7 +109,7 @@ class DecoderBuilder:
 
     def _embedding(self) -> str:
         table = self._weights.need("token_embd.weight")
-        if self._precision == "fp32":
+        if self._weights_as.startswith("fp"):
             return self._node("Gather", [self._init("embedding", table), "input_ids"], ["embedded"])
         values, scales = quantize.int8(table)
         self._init("embedding.q", values)
@@ -119,11 +125,13 @@ class DecoderBuilder:
         )  # fmt: skip
 
     def _head(self, x: str) -> None:
-        """Logits of the last position."""
+        """Logits of the last position, in float32."""
         cap = self._spec.logit_softcap
-        scores = self._scores(x, "uncapped" if cap else "logits")
+        scores = self._scores(x, "scores.half" if self._half else "uncapped" if cap else "logits")
+        if self._half:
+            scores = self._node("Cast", [scores], ["uncapped" if cap else "logits"], to=TensorProto.FLOAT)
         if cap:
-            limit = self._init("logits.cap", np.array(cap, np.float32))
+            limit = self._init("logits.cap", np.array(cap, np.float32), exact=True)
             bent = self._node("Tanh", [self._node("Div", [scores, limit], ["logits.scaled"])], ["logits.bent"])
             self._node("Mul", [bent, limit], ["logits"])
 
@@ -136,7 +144,7 @@ class DecoderBuilder:
         )  # fmt: skip
         own = self._weights.file.weight("output.weight")
         a = self._a
-        if self._precision == "fp32":
+        if self._weights_as.startswith("fp"):
             # Gemm with transB reads the (tied) table as it lies: no transposed copy on disk.
             table = "embedding" if own is None else self._init("head", own)
             flat = self._node("Reshape", [last, self._init("rows", np.array([-1, a.hidden], np.int64))], ["last_flat"])
@@ -204,15 +212,16 @@ class DecoderBuilder:
         cache = ["batch", a.kv_heads, "max_length", a.head_size]
         sides = [f"{layer}.{side}" for layer in range(a.layers) for side in ("key", "value")]
         value_info = helper.make_tensor_value_info
+        kind = TensorProto.FLOAT16 if self._half else TensorProto.FLOAT
         inputs = [
             value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
             value_info("seqlens_k", TensorProto.INT32, ["batch"]),
             value_info("total_sequence_length", TensorProto.INT32, []),
-            *(value_info(f"past_key_values.{side}", TensorProto.FLOAT, cache) for side in sides),
+            *(value_info(f"past_key_values.{side}", kind, cache) for side in sides),
         ]
         outputs = [
             value_info("logits", TensorProto.FLOAT, ["batch", 1, a.vocab]),
-            *(value_info(f"present.{side}", TensorProto.FLOAT, cache) for side in sides),
+            *(value_info(f"present.{side}", kind, cache) for side in sides),
         ]
         graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, self._inits)
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid(_MS, 1)]

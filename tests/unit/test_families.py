@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from shared.errors import UnsupportedModel
 from shared.models.families.spec import DecoderSpec, Layer, Rope
 from shared.models.families.weights import Weights
 from shared.models.gguf_import import GgufModel, import_gguf
@@ -115,6 +116,27 @@ def test_quantised_variants_stay_near_fp32(tmp_path: Path, name: str, variant: s
     got, expected = Imported(case, tmp_path, variant).token_by_token(variant), recorded(case)
     cosines = (got * expected).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert np.median(cosines) > {"int8": 0.999, "int4": 0.9}[variant]
+
+
+@pytest.mark.parametrize("variant", ["fp16", "int8-fp16", "int4-fp16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied", "phi3-long-above", "phi4-partial", "gemma", "gemma2"])
+def test_half_precision_stays_near_fp32(tmp_path: Path, name: str, variant: str) -> None:
+    """The graphs for GPUs, computed here on the CPU: float16 between all operators and in the cache, same direction."""
+    case = BY_NAME[name]
+    imported = Imported(case, tmp_path, variant)
+    got, expected = imported.token_by_token(variant), recorded(case)
+    cosines = (got * expected).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert np.median(cosines) > {"fp16": 0.99999, "int8-fp16": 0.999, "int4-fp16": 0.9}[variant]
+    found = imported.manifest.variants[0]
+    assert found.kv_dtype == "float16"
+    spec = imported.manifest.artifact(found, slots=1, context=8, overhead_bytes=0)
+    assert spec.kv_bytes_per_token == imported.manifest.architecture.kv_bytes_per_token // 2
+
+
+def test_half_precision_is_refused_where_it_overflows(tmp_path: Path) -> None:
+    """Gemma 3 in float16 would give infinities: refused, with what to use instead."""
+    with pytest.raises(UnsupportedModel, match="half precision"):
+        Imported(BY_NAME["gemma3"], tmp_path, "fp16")
 
 
 def test_long_rope_goes_by_what_a_slot_can_hold(tmp_path: Path) -> None:

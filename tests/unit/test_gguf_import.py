@@ -288,5 +288,5 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 def test_unknown_variants_are_refused(tmp_path: Path) -> None:
     """A variant that does not exist is answered with those that do."""
     source = tiny.write_tiny_gguf(tmp_path / "tiny.gguf")
-    with pytest.raises(UnsupportedModel, match="fp32, int8, int4"):
+    with pytest.raises(UnsupportedModel, match="fp32, fp16, int8, int4"):
         convert(source, tmp_path / "out", "int3")

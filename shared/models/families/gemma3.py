@@ -12,5 +12,6 @@ FAMILY = Family(
     sliding_window="alternating",
     window_period=6,
     window_rope_base=10000.0,
+    overflows_half=True,
     wide_scale_layers=62,  # the 27B
 )

@@ -47,6 +47,8 @@ class Family:
     """Rotation base of the layers with a window, when it differs from that of the others."""
     long_rope: bool = False
     """May have two sets of rotation factors, for short and long contexts."""
+    overflows_half: bool = False
+    """Sums of its residual pass what float16 can hold: published as bfloat16, not to be run in half precision."""
     wide_scale_layers: int | None = None
     """A model of so many layers scales attention by hidden / heads instead of the head size."""
 
