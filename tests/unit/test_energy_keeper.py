@@ -123,6 +123,24 @@ async def test_an_engine_is_told_its_part() -> None:
     assert a.told == [Charge(joules=40.0, busy_s=0.5)]
 
 
+async def test_an_engine_that_was_parked_begins_anew() -> None:
+    """A process that loads again has a meter that begins at nothing, and is charged from there."""
+    bench, a = Bench(), FakeEngine()
+    bench.running = [Running("a", a, False)]
+    a.works(0.5)
+    bench.passes(0.5, 40.0)
+    bench.running = [Running("a", a, True)]
+    bench.passes(0.5, 20.0)
+    a.activity = Activity(busy_s=0.1)
+    bench.running = [Running("a", a, False)]
+    bench.passes(0.1, 7.0)
+    await bench.keeper._charge()
+    assert a.told == [Charge(joules=7.0, busy_s=0.1)]
+    account = bench.keeper.report().accounts[0]
+    assert (account.active_j, account.load_j, account.loads) == (47.0, 20.0, 2)
+    assert account.busy_s == pytest.approx(0.6)
+
+
 def test_estimates_follow_core_seconds_and_say_that_they_are_estimates() -> None:
     """Without a counter: 8 W for each core second of an engine, 10 W for the host, all of it marked."""
     bench, a, b = Bench(CPU, "model"), FakeEngine(1), FakeEngine(2)
