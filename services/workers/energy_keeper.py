@@ -155,8 +155,7 @@ class EnergyKeeper:
             if seen is None:
                 seen = self._seen[one.engine] = _Seen()
                 self.ledger.of(one.artifact).loads += 1
-            elif one.loading and not seen.loading:  # a process that had been parked: its meter begins anew
-                seen.joules = seen.told_j = 0.0
+            elif one.loading and not seen.loading:  # a process that had been parked
                 self.ledger.of(one.artifact).loads += 1
             seen.loading = one.loading
             steps_s, cores_s = self._advance(one, seen)
@@ -200,8 +199,8 @@ class EnergyKeeper:
     def _advance(self, one: Running, seen: _Seen) -> tuple[float, float]:
         """Seconds of steps and core seconds of an engine since the last interval; its tokens go to the ledger."""
         activity, before = one.engine.activity, seen.activity
-        if activity.busy_s < before.busy_s:
-            before = Activity()
+        if activity.busy_s < before.busy_s:  # its meter has begun anew
+            before, seen.joules, seen.told_j = Activity(), 0.0, 0.0
         account = self.ledger.of(one.artifact)
         steps_s = max(activity.busy_s - before.busy_s, 0.0)
         account.busy_s += steps_s

@@ -123,19 +123,20 @@ async def test_an_engine_is_told_its_part() -> None:
     assert a.told == [Charge(joules=40.0, busy_s=0.5)]
 
 
-async def test_an_engine_that_was_parked_begins_anew() -> None:
-    """A process that loads again has a meter that begins at nothing, and is charged from there."""
+@pytest.mark.parametrize("anew", [True, False])
+async def test_a_process_may_load_more_than_once(anew: bool) -> None:
+    """One that was parked and serves again is charged from where its own meter is, be it a new one or not."""
     bench, a = Bench(), FakeEngine()
     bench.running = [Running("a", a, False)]
     a.works(0.5)
     bench.passes(0.5, 40.0)
     bench.running = [Running("a", a, True)]
     bench.passes(0.5, 20.0)
-    a.activity = Activity(busy_s=0.1)
+    a.activity = Activity(busy_s=0.1 if anew else 0.6)
     bench.running = [Running("a", a, False)]
     bench.passes(0.1, 7.0)
     await bench.keeper._charge()
-    assert a.told == [Charge(joules=7.0, busy_s=0.1)]
+    assert a.told == [Charge(joules=7.0, busy_s=0.1) if anew else Charge(joules=47.0, busy_s=0.6)]
     account = bench.keeper.report().accounts[0]
     assert (account.active_j, account.load_j, account.loads) == (47.0, 20.0, 2)
     assert account.busy_s == pytest.approx(0.6)
