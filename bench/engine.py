@@ -62,8 +62,9 @@ def bare(runner: SharedKvRunner, prompt: list[int], tokens: int, rows: int) -> f
     """Tokens per second of the plainest greedy loop: run, argmax, again; `rows` equal sequences at once."""
     logits = [runner.prefill(row, prompt, 0) for row in range(rows)]
     current = [int(np.argmax(one)) for one in logits]
+    ahead = rows // 2  # the engine's rows are as far on average when its last prompt has been read
     began = time.perf_counter()
-    for step in range(tokens):
+    for step in range(ahead, ahead + tokens):
         result = runner.decode(current, [len(prompt) + step] * rows)
         current = [int(t) for t in result.argmax(-1)]
     return rows * tokens / (time.perf_counter() - began)
@@ -115,8 +116,7 @@ def prefill(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]
         whole.append(size / (time.perf_counter() - began))
         batcher.add(Request(str(turn), [], Sampling(max_tokens=1), prompt=subject.prompt(size)))
         began = time.perf_counter()
-        while batcher.active:
-            batcher.step()
+        _ends(batcher)
         engine.append(size / (time.perf_counter() - began))
     one, other = statistics.median(whole[1:]), statistics.median(engine[1:])  # the first touches the buffers
     return {"tokens": size, "bare_tokens_per_s": one, "engine_tokens_per_s": other, "ratio": other / one}
@@ -132,9 +132,8 @@ def stall(subject: Subject, streams: int, long: int) -> dict[str, float]:
     last: dict[str, float] = {}
     gaps: list[float] = []
     before: list[float] = []
-    steps, first_at = 0, 0.0
-    arrived_at = 0.0
-    while not first_at or steps < 40:
+    steps, first_at, arrived_at = 0, 0.0, 0.0
+    while first_at == 0.0 or steps < 40:
         if steps == 40:
             before, gaps = gaps, []
             arrived_at = time.perf_counter()
@@ -152,9 +151,18 @@ def stall(subject: Subject, streams: int, long: int) -> dict[str, float]:
     batcher.clear()
     median = statistics.median(before)
     return {
-        "streams": streams, "prompt_tokens": long, "median_gap_before_s": median, "median_gap_s": statistics.median(gaps),
-        "longest_gap_s": max(gaps), "longest_over_median": max(gaps) / median, "ttft_s": first_at - arrived_at,
+        "streams": streams, "prompt_tokens": long, "median_gap_before_s": median,
+        "median_gap_s": statistics.median(gaps), "longest_gap_s": max(gaps),
+        "longest_over_median": max(gaps) / median, "ttft_s": first_at - arrived_at,
     }  # fmt: skip
+
+
+def _ends(batcher: Batcher) -> list[Finished]:
+    """Run until nothing is left to do."""
+    ends: list[Finished] = []
+    while batcher.active:
+        ends += [e for e in batcher.step() if isinstance(e, Finished)]
+    return ends
 
 
 def second_turn(subject: Subject, tokens: int) -> dict[str, float]:
@@ -166,16 +174,11 @@ def second_turn(subject: Subject, tokens: int) -> dict[str, float]:
             batcher = subject.batcher(subject.runner(2, context), 2, context)
             history = subject.prompt(tokens)
             batcher.add(Request("first", [], Sampling(max_tokens=16), prompt=history))
-            said: tuple[int, ...] = ()
-            while batcher.active:
-                for event in batcher.step():
-                    if isinstance(event, Finished):
-                        said = event.tokens
-            begin = history if warm else subject.prompt(tokens)
+            said = next(e.tokens for e in _ends(batcher))
+            begin = history if warm else subject.prompt(tokens)  # another conversation: nothing of it is cached
             batcher.add(Request("second", [], Sampling(max_tokens=1), prompt=[*begin, *said, *subject.prompt(20)]))
             began = time.perf_counter()
-            while batcher.active:
-                batcher.step()
+            _ends(batcher)
             seconds[warm].append(time.perf_counter() - began)
     warm_s, cold_s = (statistics.median(seconds[w]) for w in (True, False))
     return {"history_tokens": tokens, "cached_ttft_s": warm_s, "uncached_ttft_s": cold_s, "gain": cold_s / warm_s}
@@ -210,9 +213,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "read_bytes_per_s": bandwidth, "weights_bytes": subject.variant.weights_bytes, "limit_tokens_per_s": limit,
         "ratio": speed / limit,
     }  # fmt: skip
+    size = subject.variant.weights_bytes / 1e6
     print(
-        f"memory: {bandwidth / 1e9:.1f} GB/s read by {arguments.threads} threads, {subject.variant.weights_bytes / 1e6:.0f}"
-        f" MB of weights a token: at most {limit:.0f} tokens/s; decoding reaches {speed / limit:.2f} of that"
+        f"memory: {bandwidth / 1e9:.1f} GB/s read by {arguments.threads} threads, {size:.0f} MB of weights a token:"
+        f" at most {limit:.0f} tokens/s; decoding reaches {speed / limit:.2f} of that"
     )
 
     result["prefill"] = figures = prefill(subject, arguments)

@@ -100,6 +100,8 @@ class Feedback(_Public, frozen=True, kw_only=True, tag="feedback.v1"):
 class Usage(_Public, frozen=True, kw_only=True):
     tokens_in: int
     tokens_out: int
+    tokens_cached: int = 0
+    """Of `tokens_in`, those that lay in the engine's KV cache already (a shared or earlier beginning)."""
 
 
 class Timings(_Public, frozen=True, kw_only=True):
@@ -404,6 +406,8 @@ class WorkerState(_Internal, frozen=True, kw_only=True, tag="worker_state.v1"):
     device: Device
     budget_bytes: int
     engines: list[EngineState] = []
+    standby: list[str] = []
+    """Artifacts that are not resident, but loaded in host memory: resident again in milliseconds."""
     draining: bool = False
     started_at: float = 0.0
     at: float = 0.0

@@ -74,6 +74,14 @@ class Settings:
     engine_priority: str = "idle"
     """How CPU engines share cores with the rest: `idle` (they take what is left, so that generating never delays
     routing; Linux), `nice` (lower priority) or `normal`."""
+    weights_cache: str = ""
+    """Where engines on CPUs keep weights packed for this CPU, which all engines of the host map and share (about twice
+    the variant's size on disk); `<home>/cache/weights` when not set, `off` for none."""
+    standby_memory: int = 0
+    """Host memory for evicted models that stay loaded, without their KV cache, to be resident again in milliseconds;
+    beside the worker's budget. 0 for none."""
+    spare_engines: int = 1
+    """Engine processes kept started but empty, so that a load need not wait for one; some 40 MB each."""
     power_idle_w: float = 10.0
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0
@@ -91,6 +99,12 @@ class Settings:
     @property
     def models_path(self) -> Path:
         return self.models_dir if self.models_dir != Path() else self.home / "models"
+
+    @property
+    def weights_path(self) -> Path | None:
+        if self.weights_cache == "off":
+            return None
+        return Path(self.weights_cache).expanduser() if self.weights_cache else self.home / "cache" / "weights"
 
     @property
     def database_url(self) -> str:
@@ -126,7 +140,7 @@ class Settings:
 
 def _parse(variable: str, text: str, default: object) -> object:
     try:
-        if variable in ("CALM_WORKER_MEMORY", "CALM_MAX_PROMPT_BYTES"):
+        if variable in ("CALM_WORKER_MEMORY", "CALM_MAX_PROMPT_BYTES", "CALM_STANDBY_MEMORY"):
             return parse_bytes(text)
         if isinstance(default, Path):
             return Path(text).expanduser().absolute()

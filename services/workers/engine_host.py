@@ -223,8 +223,9 @@ class EngineHost:
         self._jobs[work.query_id] = job
         try:
             request = Request(
-                work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at, adapter=work.adapter
-            )
+                work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at,
+                urgent=work.planned.accepted.query.priority == "hi", adapter=work.adapter,
+            )  # fmt: skip
             self._submit(request)
             end = await self._stream(job)
         except asyncio.CancelledError:
@@ -280,7 +281,7 @@ class EngineHost:
             artifact=work.artifact,
             worker=self._start.worker,
             finish_reason=end.reason,
-            usage=m.Usage(tokens_in=end.tokens_in, tokens_out=end.tokens_out),
+            usage=m.Usage(tokens_in=end.tokens_in, tokens_out=end.tokens_out, tokens_cached=end.tokens_cached),
             timings=times,
             energy=m.Energy(joules=end.energy_in_j + end.energy_out_j, source=self._meter.source),
             confidence=m.Confidence(

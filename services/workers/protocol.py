@@ -1,8 +1,9 @@
 """What a supervisor and its engine processes say to each other: one JSON line a message over the engine's pipes.
 
 The supervisor writes `Start` first, `Charge` while it runs and `Drain` at last to the engine's standard input, whose
-end also ends the engine; the engine writes `Ready`, `State`, `Activity` and `Refused` to its standard output. Not wire
-messages: they never leave the host.
+end also ends the engine; the engine writes `Ready`, `State`, `Activity`, `Parked` and `Refused` to its standard output.
+An engine that was told to park waits for another `Start` of the same artifact. Not wire messages: they never leave the
+host.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Drain(Struct, frozen=True, kw_only=True, tag="drain"):
     """Take no new work, finish what is in hand within `timeout_s`, hand back the rest, and end."""
 
     timeout_s: float
+    park: bool = False
+    """Do not end, but keep the model in memory without its KV cache, as a standby."""
 
 
 class Charge(Struct, frozen=True, kw_only=True, tag="charge"):
@@ -59,6 +62,12 @@ class Activity(Struct, frozen=True, kw_only=True, tag="activity"):
     tokens_out: int = 0
 
 
+class Parked(Struct, frozen=True, kw_only=True, tag="parked"):
+    """The engine is a standby now, and holds `measured_bytes`."""
+
+    measured_bytes: int
+
+
 class Refused(Struct, frozen=True, kw_only=True, tag="refused"):
     """The engine could not be made ready."""
 
@@ -66,4 +75,4 @@ class Refused(Struct, frozen=True, kw_only=True, tag="refused"):
 
 
 Command = Start | Drain | Charge
-Report = Ready | State | Activity | Refused
+Report = Ready | State | Activity | Parked | Refused

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.executor.decide import attempts
-from services.workers.engine.loader import load
+from services.workers.engine.loader import open_model, start
 from shared.errors import FleetFileInvalid, ModelMissing
 from shared.messages import Accepted, Device, Planned, Query, Route
 from shared.models import fleet_file, pull
@@ -120,11 +120,11 @@ def test_an_engine_loads_the_base_with_its_adapters(filled: tuple[pull.FleetFile
     fleet, store = filled
     (spec,) = fleet_file.artifact_specs(fleet, store).values()
     assert spec.name.startswith("tiny-fp32-")
-    loaded = load(store.path("tiny"), store.get("tiny"), spec, CPU, NoMeter())  # type: ignore[arg-type]
-    assert loaded.batcher.free_slots == 3
+    opened = open_model(store.path("tiny"), store.get("tiny"), spec, CPU)
+    assert start(opened, NoMeter()).free_slots == 3  # type: ignore[arg-type]
     store.remove("two")
     with pytest.raises(ModelMissing, match="'two'"):
-        load(store.path("tiny"), store.get("tiny"), spec, CPU, NoMeter())  # type: ignore[arg-type]
+        open_model(store.path("tiny"), store.get("tiny"), spec, CPU)
     with pytest.raises(ModelMissing):
         fleet_file.cards(fleet, store)
 

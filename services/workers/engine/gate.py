@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,16 @@ class Turnstile:
         for handle in (self._turnstile, *self._places):
             with contextlib.suppress(OSError):
                 os.close(handle)
+
+
+def host_gate(cores: int, threads: int) -> Gate:
+    """The gate of all engines of this user on this host that run `threads` threads each."""
+    places = max(1, cores // threads)
+    folder = Path(tempfile.gettempdir()) / f"calm-{os.getuid()}" / f"turns-{cores}-{threads}"
+    try:
+        return Turnstile(folder, places)
+    except OSError:  # nowhere to write
+        return Open()
 
 
 def _opened(path: Path) -> int:

@@ -11,12 +11,26 @@ import onnxruntime as ort
 from shared.errors import DeviceUnavailable, UnsupportedModel
 from shared.messages import Device
 
+_SAVE = {
+    "optimized_model_external_initializers_file_name": "model.bin",
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "save_external_prepacked_constant_initializers": "1",
+}
+
 
 def open_session(
-    model: Path, device: Device, threads: int, *, spinning: bool = True, graph: bytes | None = None
+    model: Path,
+    device: Device,
+    threads: int,
+    *,
+    spinning: bool = True,
+    graph: bytes | None = None,
+    optimised: bool = False,
+    save_to: Path | None = None,
 ) -> ort.InferenceSession:
     """A session for `model` on `device` with `threads` intra-op threads; `graph` is run instead of what the file holds,
-    with the weights that lie beside it.
+    with the weights that lie beside it. `save_to` also writes the optimised graph and its packed weights to a folder;
+    `optimised` says that the graph is such a one.
 
     Raises:
         DeviceUnavailable: CUDA was asked for and ONNX Runtime fell back to the CPU, which it does silently.
@@ -27,6 +41,12 @@ def open_session(
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to / "model.onnx")
+        for key, value in _SAVE.items():
+            options.add_session_config_entry(f"session.{key}", value)
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
