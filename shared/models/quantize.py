@@ -1,4 +1,4 @@
-"""Weight-only block quantisation for MatMulNBits: blocks of 32 along the input dimension, float32 scales."""
+"""Weight-only block quantisation for MatMulNBits: blocks along the input dimension, float32 scales."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 
+def int8_block(columns: int) -> int:
+    """Block length of `int8`: 64 where that divides the columns, else 32.
+
+    ONNX Runtime reads a float scale and a float sum for each block: 1.125 bytes a weight at 64 and 1.25 at 32.
+    """
+    return 64 if columns % 64 == 0 else BLOCK
+
+
 def int8(weights: Floats) -> tuple[Bytes, Floats]:
-    """Symmetric 8 bits around 128. `weights` [n, k] to values [n, k/32, 32] and scales [n, k/32]."""
+    """Symmetric 8 bits around 128. `weights` [n, k] to values [n, k/b, b] and scales [n, k/b], b = `int8_block(k)`."""
     rows, columns = weights.shape
-    blocks = weights.reshape(rows, columns // BLOCK, BLOCK)
+    block = int8_block(columns)
+    blocks = weights.reshape(rows, columns // block, block)
     scales = np.abs(blocks).max(-1) / 127.0
     scales[scales == 0] = 1e-8
     values = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)

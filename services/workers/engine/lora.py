@@ -127,22 +127,28 @@ def adapted(model: Path, stack: Stack) -> bytes:
     proto = onnx.load(str(model), load_external_data=False)
     nodes: list[Any] = []
     left = set(stack.sites)
+    read: dict[str, str] = {}
+    """By output, what was multiplied to give it; gate and up come out of one matrix, which is then split."""
     for node in proto.graph.node:
         nodes.append(node)
-        match = _SITE.fullmatch(node.output[0]) if node.op_type in ("MatMul", "MatMulNBits") else None
-        if match is None or match[1] not in left:
-            continue
-        site = match[1]
-        left.discard(site)
-        x, base = node.input[0].removesuffix(".wide"), f"{site}.base"
-        node.output[0] = base
-        names = [f"{site}.lora_{part}" for part in ("down", "masked", "up")]
-        nodes += [
-            helper.make_node("MatMul", [x, f"{site}.lora_a"], [names[0]]),
-            helper.make_node("Mul", [names[0], stack.mask_of(site)], [names[1]]),
-            helper.make_node("MatMul", [names[1], f"{site}.lora_b"], [names[2]]),
-            helper.make_node("Add", [base, names[2]], [f"{site}.out"]),
-        ]
+        if node.op_type in ("MatMul", "MatMulNBits"):
+            read[node.output[0]] = node.input[0].removesuffix(".wide")
+        elif node.op_type in ("Split", "Add") and node.input[0] in read:  # an Add adds the bias
+            read.update(dict.fromkeys(node.output, read[node.input[0]]))
+        for place, output in enumerate(node.output):
+            match = _SITE.fullmatch(output) if output in read else None
+            if match is None or match[1] not in left:
+                continue
+            site = match[1]
+            left.discard(site)
+            base = node.output[place] = f"{site}.base"
+            names = [f"{site}.lora_{part}" for part in ("down", "masked", "up")]
+            nodes += [
+                helper.make_node("MatMul", [read[output], f"{site}.lora_a"], [names[0]]),
+                helper.make_node("Mul", [names[0], stack.mask_of(site)], [names[1]]),
+                helper.make_node("MatMul", [names[1], f"{site}.lora_b"], [names[2]]),
+                helper.make_node("Add", [base, names[2]], [output]),
+            ]
     if left:
         raise UnsupportedModel(
             f"The graph has no {min(left)} that could be adapted.",
