@@ -25,7 +25,8 @@ class Attention:
 
     q and k are rotated inside GroupQueryAttention, from tables, where that suffices. They are rotated by nodes of
     their own when they are normalised before it (on the CPU the operator refuses its inputs for that), when the
-    tables would be large, or when the factors depend on the context.
+    tables would be large, or when the factors depend on the context. Nodes of their own cost 2 % of the decode rate
+    (SmolLM2-135M int8, 2 threads, batch 1: 115.0 against 117.7 tokens/s).
     """
 
     def __init__(self, spec: DecoderSpec, weights: Weights, node: Node, init: Init, *, half: bool) -> None:
