@@ -21,7 +21,8 @@ from shared.errors import ModelMissing, UnsupportedModel
 from shared.messages import Device
 from shared.models.lora import SITES, Adapter
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]
+"""float32, or float16 in a graph that computes in it."""
 
 APART = 1 << 32
 """Between the keys of one token under two adapters: their keys and values differ, so that no prefix may be shared."""
@@ -57,6 +58,13 @@ class Stack:
         self._layouts = {owners.tobytes(): owners for owners in self._owners.values()}
         self._mask_of = {site: f"lora.mask{list(self._layouts).index(o.tobytes())}" for site, o in self._owners.items()}
         self._masks: dict[int, dict[str, Floats]] = {}
+        self._dtype: type[np.generic] = np.float32
+
+    def cast(self, dtype: type[np.generic]) -> None:
+        """Keep tensors and masks in the type that the graph computes in."""
+        self._dtype = dtype
+        self.sites = {site: (a.astype(dtype), b.astype(dtype)) for site, (a, b) in self.sites.items()}
+        self._masks.clear()
 
     @property
     def weights_bytes(self) -> int:
@@ -70,7 +78,7 @@ class Stack:
         """The masks [rows, 1, R] of calls with so many rows; always the same arrays."""
         if rows not in self._masks:
             self._masks[rows] = {
-                f"lora.mask{index}": np.zeros((rows, 1, owners.size), np.float32)
+                f"lora.mask{index}": np.zeros((rows, 1, owners.size), self._dtype)
                 for index, owners in enumerate(self._layouts.values())
             }
         return self._masks[rows]
@@ -125,6 +133,9 @@ def adapted(model: Path, stack: Stack) -> bytes:
     from onnx import TensorProto, helper  # noqa: PLC0415
 
     proto = onnx.load(str(model), load_external_data=False)
+    cached = next((i for i in proto.graph.input if i.name.startswith("past")), None)
+    half = cached is not None and cached.type.tensor_type.elem_type == TensorProto.FLOAT16
+    stack.cast(np.float16 if half else np.float32)
     nodes: list[Any] = []
     left = set(stack.sites)
     read: dict[str, str] = {}
@@ -160,5 +171,6 @@ def adapted(model: Path, stack: Stack) -> bytes:
         **{f"{site}.lora_{side}": v.shape for site, s in stack.sites.items() for side, v in zip("ab", s, strict=True)},
         **{name: ["batch", 1, mask.shape[2]] for name, mask in stack.masks(1).items()},
     }
-    proto.graph.input.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in described.items())
+    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    proto.graph.input.extend(helper.make_tensor_value_info(n, kind, s) for n, s in described.items())
     return bytes(proto.SerializeToString())
