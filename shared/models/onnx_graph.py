@@ -30,6 +30,9 @@ Precision = Literal["fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16"]
 CUDA with half precision alone (onnxruntime's docs/OperatorKernels.md), so those with fp16 are the ones for GPUs."""
 
 _MS = "com.microsoft"
+_DATA = "model.onnx.data"
+_OUTSIDE_BYTES = 1024
+"""Constants of so many bytes and more lie in the data file."""
 
 
 class DecoderBuilder:
@@ -49,13 +52,11 @@ class DecoderBuilder:
     def save(self, folder: Path) -> None:
         """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.onnx", "model.onnx.data"):  # onnx.save would append to external data that is there
+        for name in ("model.onnx", _DATA):  # never over a file that an engine may have mapped
             (folder / name).unlink(missing_ok=True)
-        model = self._model()
-        onnx.save(
-            model, str(folder / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=True,
-            location="model.onnx.data", size_threshold=1024,
-        )  # fmt: skip
+        with (folder / _DATA).open("wb") as self._data:
+            model = self._model()
+        onnx.save(model, str(folder / "model.onnx"))
 
     # --- pieces ---
 
@@ -63,7 +64,19 @@ class DecoderBuilder:
         """A constant; float32 becomes this graph's float type unless it is to stay `exact`."""
         if self._half and value.dtype == np.float32 and not exact:
             value = value.astype(np.float16)
-        self._inits.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        value = np.ascontiguousarray(value)
+        if value.nbytes < _OUTSIDE_BYTES:
+            self._inits.append(numpy_helper.from_array(value, name))
+            return name
+        # Written as it is made, so that a model need not fit into memory several times over.
+        tensor = TensorProto(
+            name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+            data_location=TensorProto.EXTERNAL,
+        )  # fmt: skip
+        for key, text in (("location", _DATA), ("offset", self._data.tell()), ("length", value.nbytes)):
+            tensor.external_data.add(key=key, value=str(text))
+        self._data.write(value.data)
+        self._inits.append(tensor)
         return name
 
     def _node(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
