@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from services.workers import lean  # noqa: F401 before anything imports structlog
 from services.workers.engine.batcher import Batcher
 from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.gate import Gate, host_gate
