@@ -100,12 +100,15 @@ class DecoderBuilder:
             values, scales = quantize.int8(weights)
             inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
             return self._matmul8(inputs, out, rows, columns)
-        packed, scales, zeros = quantize.int4(weights)
+        four = quantize.int4(weights)
         inputs = [
-            self._with_sums(x, columns), self._init(f"{name}.q", packed), self._init(f"{name}.s", scales),
-            self._init(f"{name}.z", zeros),
-        ]  # fmt: skip
-        wide = columns + quantize.sum_columns(columns)
+            self._with_sums(x, columns) if four.widened else x,
+            self._init(f"{name}.q", four.values),
+            self._init(f"{name}.s", four.scales),
+        ]
+        if four.zeros is not None:
+            inputs.append(self._init(f"{name}.z", four.zeros))
+        wide = columns + (quantize.sum_columns(columns) if four.widened else 0)
         return self._node(
             "MatMulNBits", inputs, [out], _MS, bits=4, K=wide, N=rows, block_size=quantize.BLOCK, accuracy_level=4
         )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from shared.errors import UnsupportedModel
-from shared.models import gguf_tokenizer, quantize
+from shared.models import gguf_tokenizer
 from shared.models.gguf_import import GgufModel, import_gguf
 from shared.models.manifest import Manifest
 from tests import tiny
@@ -154,49 +154,6 @@ def test_converting_again_replaces_what_is_there(tmp_path: Path) -> None:
     source = tiny.write_tiny_gguf(tmp_path / "tiny.gguf")
     first, second = (convert(source, tmp_path / "out", "int8").variants[0] for _ in range(2))
     assert first == second
-
-
-def unpack(nibbles: NDArray[np.uint8], count: int) -> Floats:
-    """Two values to a byte, low half first, along the last dimension."""
-    both = np.stack([nibbles & 15, nibbles >> 4], -1)
-    return both.reshape(*nibbles.shape[:-1], -1)[..., :count].astype(np.float32)
-
-
-def restored(weights: Floats) -> Floats:
-    """What `weights` are after `quantize.int4`, its further columns spread over the blocks they belong to."""
-    rows, columns = weights.shape
-    packed, scales, zeros = quantize.int4(weights)
-    wide = columns + quantize.sum_columns(columns)
-    blocks = wide // quantize.BLOCK
-    assert (packed.shape, scales.shape, zeros.shape) == ((rows, blocks, 16), (rows, blocks), (rows, -(-blocks // 2)))
-    values = (unpack(packed, 32) - unpack(zeros, blocks)[..., None]) * scales[..., None]
-    flat = values.reshape(rows, wide)
-    return np.asarray(flat[:, :columns] + flat[:, columns:] @ quantize.block_sums(columns).T)
-
-
-def test_int4_keeps_what_lies_on_its_grid() -> None:
-    """Blocks of 16 evenly spaced values come back as they were, whatever fraction of a step they are shifted by,
-    and blocks of zeros too."""
-    random = np.random.default_rng(1)
-    values = random.integers(0, 16, (6, 3, 32))
-    values[..., 0], values[..., 1] = 0, 15
-    scales = random.uniform(0.01, 0.1, (6, 3, 1))
-    shifts = random.uniform(0, 15, (6, 3, 1))
-    weights = ((values - shifts) * scales).astype(np.float32).reshape(6, 96)
-    weights[5] = 0
-    np.testing.assert_allclose(restored(weights), weights, atol=0.1 / 25)  # a 25th of the widest step
-    whole = ((values - np.rint(shifts)) * scales).astype(np.float32).reshape(6, 96)
-    np.testing.assert_allclose(restored(whole), whole, atol=1e-5)
-
-
-def test_int4_errs_less_than_its_range_allows() -> None:
-    """On weights spread like a model's, the error is below that of rounding to a grid over the range."""
-    weights = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
-    blocks = weights.reshape(64, 8, 32)
-    low = blocks.min(-1, keepdims=True)
-    step = (blocks.max(-1, keepdims=True) - low) / 15
-    plain = (np.rint((blocks - low) / step) * step + low).reshape(64, 256)
-    assert ((restored(weights) - weights) ** 2).mean() < 0.95 * ((plain - weights) ** 2).mean()
 
 
 def test_manifest_describes_the_model(tmp_path: Path) -> None:
