@@ -151,6 +151,15 @@ def test_long_rope_goes_by_what_a_slot_can_hold(tmp_path: Path) -> None:
     assert np.abs(small - large).max() > 100 * WITHIN
 
 
+def test_a_window_as_wide_as_the_context_is_none(tmp_path: Path) -> None:
+    """Files that name a window that nothing can fall out of get plain attention; narrower ones their window."""
+    case = BY_NAME["phi3-window"]
+    for window, expected in ((127, 127), (128, 0), (262144, 0)):
+        wide = replace(case, config={**case.config, "sliding_window": window})
+        model = GgufModel(gguf.write(tmp_path / "tiny.gguf", wide, weights(wide)))
+        assert {layer.window for layer in model.spec.layers} == {expected}
+
+
 def test_fused_projections_are_read_in_any_family(tmp_path: Path) -> None:
     """A llama whose q, k and v lie in one tensor gives what it gives with three."""
     case = BY_NAME["llama"]

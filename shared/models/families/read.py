@@ -147,7 +147,8 @@ def _refuse_tensors(file: GgufFile, family: Family, layers: int) -> None:
 
 def _layers(file: GgufFile, family: Family, count: int, window: int) -> list[Layer]:
     if not window or family.sliding_window != "alternating":
-        return [Layer(window=window, rope="global")] * count
+        narrow = window < int(file.value("context_length"))  # Phi-3.5 names one that nothing falls out of
+        return [Layer(window=window if narrow else 0, rope="global")] * count
     pattern = file.value("attention.sliding_window_pattern", family.window_period)
     if isinstance(pattern, list):  # for each layer, whether it has a window
         windowed = [bool(pattern[index]) for index in range(count)]
