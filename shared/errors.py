@@ -18,8 +18,14 @@ CalmError
 ├── DataInvalid              `data_invalid`        recorded outcomes or a trace; carries path, line, remedy
 ├── ModelError               models and the model store
 │   ├── SourceUnavailable    `source_unavailable`  download or read failed
+│   │   ├── SourceForbidden  `source_forbidden`    the hub wants a token, or a licence accepted (401, 403)
+│   │   ├── SourceMissing    `source_missing`      no such repository, revision or file (404)
+│   │   └── SourceOffline    `source_offline`      the host cannot be reached
+│   ├── NoSpace              `no_space`            the disk cannot take the download
+│   ├── ExtraMissing         `extra_missing`       an optional part of the installation is needed
 │   ├── ChecksumMismatch     `checksum_mismatch`   the bytes are not the ones that were pinned
 │   ├── UnsupportedModel     `unsupported_model`   the importer lacks something, named in the message
+│   │   └── NeedsExport      `needs_export`        weights without a graph, of a family that we build none for
 │   └── ModelMissing         `model_missing`       not in the store
 ├── PlacementError           worker operations
 │   ├── NoMemory             `no_memory`           the budget cannot hold it
@@ -143,12 +149,38 @@ class SourceUnavailable(ModelError):
     retryable = True
 
 
+class SourceForbidden(SourceUnavailable):
+    code = "source_forbidden"
+    retryable = False
+
+
+class SourceMissing(SourceUnavailable):
+    code = "source_missing"
+    retryable = False
+
+
+class SourceOffline(SourceUnavailable):
+    code = "source_offline"
+
+
+class NoSpace(ModelError):
+    code = "no_space"
+
+
+class ExtraMissing(ModelError):
+    code = "extra_missing"
+
+
 class ChecksumMismatch(ModelError):
     code = "checksum_mismatch"
 
 
 class UnsupportedModel(ModelError):
     code = "unsupported_model"
+
+
+class NeedsExport(UnsupportedModel):
+    code = "needs_export"
 
 
 class ModelMissing(ModelError):

@@ -133,6 +133,8 @@ class Control(_Public, frozen=True, kw_only=True, tag="control.v1"):
 class Usage(_Public, frozen=True, kw_only=True):
     tokens_in: int
     tokens_out: int
+    tokens_cached: int = 0
+    """Of `tokens_in`, those that lay in the engine's KV cache already (a shared or earlier beginning)."""
 
 
 class Timings(_Public, frozen=True, kw_only=True):
@@ -364,6 +366,8 @@ class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
     sampling: Sampling
     planned: Planned
     """Kept whole, so that any executor can fall back after this attempt without state of its own."""
+    adapter: str = ""
+    """LoRA adapter of the artifact that the card uses."""
     stamps: dict[str, float] = {}
 
 
@@ -465,6 +469,8 @@ class WorkerState(_Internal, frozen=True, kw_only=True, tag="worker_state.v1"):
     device: Device
     budget_bytes: int
     engines: list[EngineState] = []
+    standby: list[str] = []
+    """Artifacts that are not resident, but loaded in host memory: resident again in milliseconds."""
     draining: bool = False
     started_at: float = 0.0
     at: float = 0.0
@@ -489,12 +495,17 @@ class ArtifactSpec(_Internal, frozen=True, kw_only=True):
     """Tokens a slot can hold: prompt and answer together."""
     overhead_bytes: int = 0
     """The engine process without weights and KV cache."""
+    adapters: list[str] = []
+    """LoRA adapters that its engine holds over the model: those of all cards that use it."""
+    adapter_bytes: int = 0
+    """Of all these adapters."""
     tokenizer: str = ""
     """sha256 of tokenizer.json: models that share it share their token counts."""
 
     @property
     def footprint_bytes(self) -> int:
-        return self.weights_bytes + self.overhead_bytes + self.kv_bytes_per_token * self.context * self.slots
+        held = self.weights_bytes + self.adapter_bytes + self.overhead_bytes
+        return held + self.kv_bytes_per_token * self.context * self.slots
 
 
 class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
@@ -502,6 +513,8 @@ class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
 
     name: str
     artifact: ArtifactSpec
+    adapter: str = ""
+    """LoRA adapter over the artifact; empty for the model as it is."""
     description: str
     exemplars: list[str] = []
     domains: dict[str, float] = {}
@@ -663,6 +676,48 @@ class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):
     """Worth of each resident artifact as the planner saw it, by `worker/artifact`."""
     decided_at: float = 0.0
     planner: str = ""
+
+
+class EnergyAccount(_Internal, frozen=True, kw_only=True):
+    """What one artifact has cost on one worker."""
+
+    artifact: str
+    active_j: float = 0.0
+    """While it ran steps, the device's baseline power included."""
+    load_j: float = 0.0
+    loads: int = 0
+    busy_s: float = 0.0
+    tokens_in: int = 0
+    """Of the answers that its engines finished."""
+    tokens_out: int = 0
+    answers: int = 0
+    """From here on only in `energy_reports.v1`: what the answers' own figures add up to."""
+    answers_j: float = 0.0
+
+
+class EnergyReport(_Internal, frozen=True, kw_only=True, tag="energy_report.v1"):
+    """`calm.telemetry.<worker>.energy`: a device's joules by account, summed since the worker started."""
+
+    worker: str
+    host: str = ""
+    device_class: str = ""
+    source: Literal["nvml", "rapl", "model"] = "model"
+    """`model`: every figure is estimated from stated powers."""
+    started_at: float = 0.0
+    at: float = 0.0
+    elapsed_s: float = 0.0
+    total_j: float = 0.0
+    """By the meter; all other joules here add up to it."""
+    idle_j: float = 0.0
+    other_j: float = 0.0
+    """Of processes that are not CALM's, where the meter counts a whole host."""
+    accounts: list[EnergyAccount] = []
+
+
+class EnergyReports(_Internal, frozen=True, kw_only=True, tag="energy_reports.v1"):
+    """`calm.knowledge.energy`: each worker's ledger, over all its starts that are still remembered."""
+
+    workers: list[EnergyReport] = []
 
 
 class Symptom(_Internal, frozen=True, kw_only=True, tag="symptom.v1"):

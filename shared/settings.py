@@ -14,6 +14,9 @@ from shared.errors import SettingsInvalid
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
+_ALSO = {"hub_url": ("HF_ENDPOINT",), "hub_token": ("CALM_HF_TOKEN", "HF_TOKEN")}
+"""Variables that are read when a setting's own is not set: what the hub's own tools use."""
+
 
 def parse_bytes(text: str | int) -> int:
     """`1500 MB`, `1.5GiB` or a plain number, as bytes.
@@ -53,9 +56,9 @@ class Settings:
     knowledge_url: str = ""
     """SQLAlchemy URL; SQLite at `<home>/knowledge.db` when not set."""
     hub_url: str = "https://huggingface.co"
-    """Model hub that `hf:` sources are fetched from."""
+    """Model hub, or a mirror of one, that `hf:` sources are fetched from; HF_ENDPOINT is understood too."""
     hub_token: str = ""
-    """Access token for the hub."""
+    """Access token for the hub; CALM_HF_TOKEN and HF_TOKEN are understood too."""
     fleet: str = "embedded"
     """A fleet file, or the name of one in `fleets/`."""
     instance: str = ""
@@ -71,10 +74,20 @@ class Settings:
     engine_priority: str = "idle"
     """How CPU engines share cores with the rest: `idle` (they take what is left, so that generating never delays
     routing; Linux), `nice` (lower priority) or `normal`."""
+    weights_cache: str = ""
+    """Where engines on CPUs keep weights packed for this CPU, which all engines of the host map and share (about twice
+    the variant's size on disk); `<home>/cache/weights` when not set, `off` for none."""
+    standby_memory: int = 0
+    """Host memory for evicted models that stay loaded, without their KV cache, to be resident again in milliseconds;
+    beside the worker's budget. 0 for none."""
+    spare_engines: int = 1
+    """Engine processes kept started but empty, so that a load need not wait for one; some 40 MB each."""
     power_idle_w: float = 10.0
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0
     """Stated power of one busy core, likewise."""
+    carbon_g_per_kwh: float = 0.0
+    """Grams of CO2 per kWh of the electricity used; `calm energy` shows carbon when it is set."""
     max_prompt_bytes: int = 1_000_000
     """Largest message that the intake accepts."""
     drain_s: float = 10.0
@@ -86,6 +99,12 @@ class Settings:
     @property
     def models_path(self) -> Path:
         return self.models_dir if self.models_dir != Path() else self.home / "models"
+
+    @property
+    def weights_path(self) -> Path | None:
+        if self.weights_cache == "off":
+            return None
+        return Path(self.weights_cache).expanduser() if self.weights_cache else self.home / "cache" / "weights"
 
     @property
     def database_url(self) -> str:
@@ -106,6 +125,7 @@ class Settings:
         values: dict[str, object] = {}
         for name, default in cls.defaults().items():
             variable = f"CALM_{name.upper()}"
+            variable = next((v for v in (variable, *_ALSO.get(name, ())) if environ.get(v)), variable)
             text = environ.get(variable, "")
             if text:
                 values[name] = _parse(variable, text, default)
@@ -120,7 +140,7 @@ class Settings:
 
 def _parse(variable: str, text: str, default: object) -> object:
     try:
-        if variable in ("CALM_WORKER_MEMORY", "CALM_MAX_PROMPT_BYTES"):
+        if variable in ("CALM_WORKER_MEMORY", "CALM_MAX_PROMPT_BYTES", "CALM_STANDBY_MEMORY"):
             return parse_bytes(text)
         if isinstance(default, Path):
             return Path(text).expanduser().absolute()

@@ -23,7 +23,7 @@ JOURNAL_OPERATION = "calm.journal.operation"
 QOS = "calm.telemetry.monitor.qos"
 REJECTED = "calm.telemetry.monitor.rejected"
 
-KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement", "controls")
+KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement", "controls", "energy")
 
 STREAM_QUERIES = "CALM_QUERIES"
 STREAM_WORK = "CALM_WORK"
@@ -83,6 +83,10 @@ def worker_request(worker: str, verb: Literal["load", "evict"]) -> str:
 
 def health(service: str) -> str:
     return f"calm.telemetry.{service}.health"
+
+
+def energy(worker: str) -> str:
+    return f"calm.telemetry.{worker}.energy"
 
 
 def symptom(kind: str) -> str:
@@ -152,6 +156,8 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(QOS, "core, each second", (m.Qos,), "monitor", "planner, analyzer"),
     Entry(REJECTED, "core request, each second when there are any", (m.Rejections, m.Ok), "monitor", "monitor",
           "from every intake replica to the knowledge owner"),
+    Entry(energy("<worker>"), "core, every 5 s", (m.EnergyReport,), "workers", "monitor",
+          "sums since the worker started, so that one that is lost is in the next"),
     Entry(knowledge("query"), "core request", (m.KnowledgeRequest, m.QueryRecord), "all", "monitor"),
     Entry(knowledge("recent"), "core request", (m.KnowledgeRequest, m.QueryRecords), "all", "monitor"),
     Entry(knowledge("counts"), "core request", (m.KnowledgeRequest, m.Counts), "all", "monitor"),
@@ -159,6 +165,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(knowledge("operations"), "core request", (m.KnowledgeRequest, m.Operations), "all", "monitor"),
     Entry(knowledge("controls"), "core request", (m.KnowledgeRequest, m.ControlStates), "all", "monitor"),
     Entry(knowledge("placement"), "core request", (m.KnowledgeRequest, m.Placement), "all", "monitor"),
+    Entry(knowledge("energy"), "core request", (m.KnowledgeRequest, m.EnergyReports), "all", "monitor"),
     Entry(kv(BUCKET_FLEET, fleet_key("<worker>")), f"KV {BUCKET_FLEET}, TTL 3 s", (m.WorkerState,), "worker",
           "planner, executor, CLI", "refreshed each second"),
     Entry(kv(BUCKET_MODELS, "<card>"), f"KV {BUCKET_MODELS}", (m.Card,), "monitor", "all services"),

@@ -45,6 +45,10 @@ def _run(arguments: object) -> int:
             from services.cli.explain import explain  # noqa: PLC0415
 
             return asyncio.run(explain(arguments.query_id, settings, as_json=arguments.json))
+        case "energy":
+            from services.cli.energy import energy  # noqa: PLC0415
+
+            return asyncio.run(energy(settings, as_json=arguments.json))
         case "feedback" | "cancel":
             from services.cli.small import cancel, feedback  # noqa: PLC0415
 

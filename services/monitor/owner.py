@@ -72,7 +72,7 @@ class Base:
             self._probing.on_judged,
         )
         self._sampled: dict[str, float] = {}
-        self._symptoms: Subscription | None = None
+        self._telemetry: list[Subscription] = []
         self._stopping = asyncio.Event()
         self._retention: asyncio.Task[None] | None = None
 
@@ -86,7 +86,8 @@ class Base:
         await self._learning.start()
         await self._trust.start()
         await self._recorder.start()
-        self._symptoms = await self._bus.subscribe(subjects.symptom(">"), self._on_symptom)
+        self._telemetry.append(await self._bus.subscribe(subjects.symptom(">"), self._on_symptom))
+        self._telemetry.append(await self._bus.subscribe(subjects.energy("*"), self._on_energy))
         await self._answers.start()
         self._probing.start()
         self.note_cards()
@@ -98,9 +99,9 @@ class Base:
         self._stopping.set()
         if self._retention is not None:
             await self._retention  # cancelled in the middle of a statement it would leave its connection open
-        if self._symptoms is not None:
+        for subscription in self._telemetry:
             with contextlib.suppress(Exception):
-                await self._symptoms.unsubscribe()
+                await subscription.unsubscribe()
         await self._probing.stop()
         await self._answers.stop(timeout_s)
         await self._recorder.stop(timeout_s)
@@ -129,6 +130,10 @@ class Base:
 
     async def _on_symptom(self, message: Msg) -> None:
         self._writer.note("symptoms", rows.symptom(codec.unpack(message.data, m.Symptom)))
+
+    async def _on_energy(self, message: Msg) -> None:
+        for row in rows.energy(codec.unpack(message.data, m.EnergyReport)):
+            self._writer.note("energy", row)
 
     async def _forget(self) -> None:
         while not self._stopping.is_set():

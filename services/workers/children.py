@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 
 import msgspec
+import psutil
 
-from services.workers.protocol import Command, Drain, Ready, Refused, Report, Start, State
+from services.workers.protocol import Activity, Command, Drain, Parked, Ready, Refused, Report, Start, State
 from shared.codec import error_of
 from shared.errors import EngineLost, OperationTimeout
 from shared.processes import bound_to_parent, send
@@ -19,19 +20,26 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Report).decode
 
 
-class Child:
-    """One engine process. `on_state` and `on_end` are called in the supervisor's event loop."""
+def _nobody(_state: State) -> None:
+    return None
 
-    def __init__(self, process: asyncio.subprocess.Process, on_state: Callable[[State], None]) -> None:
+
+class Child:
+    """One engine process. What listens to its states is called in the supervisor's event loop."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self._on_state = on_state
+        self._on_state: Callable[[State], None] = _nobody
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.parked: asyncio.Future[Parked] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
+        self.activity = Activity()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def spawn(cls, start: Start, on_state: Callable[[State], None]) -> Child:
-        """Start an engine. It dies with this process, however this process dies."""
+    async def spawn(cls) -> Child:
+        """Start an engine process, which waits to be told what to load. It dies with this process, however this
+        process dies."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -41,9 +49,15 @@ class Child:
             start_new_session=True,
             preexec_fn=bound_to_parent(),
         )
-        child = cls(process, on_state)
-        await child.tell(start)
-        return child
+        return cls(process)
+
+    async def start(self, start: Start, on_state: Callable[[State], None]) -> None:
+        """Have it load an artifact, or, when it is parked, serve that artifact again."""
+        self._on_state = on_state
+        if self.parked.done():
+            loop = asyncio.get_running_loop()
+            self.ready, self.parked = loop.create_future(), loop.create_future()
+        await self.tell(start)
 
     @property
     def pid(self) -> int:
@@ -85,6 +99,29 @@ class Child:
             if number is not None:
                 self.kill(number)
 
+    async def park(self, timeout_s: float) -> int:
+        """Let it finish, and keep its model without a KV cache; the bytes that it still holds.
+
+        Raises:
+            OperationTimeout, EngineLost: it did not get there, and is to be ended.
+        """
+        await self.tell(Drain(timeout_s=timeout_s, park=True))
+        try:
+            async with asyncio.timeout(timeout_s + 3.0):
+                return (await asyncio.shield(self.parked)).measured_bytes
+        except TimeoutError:
+            raise OperationTimeout("The engine did not become a standby in time.", "") from None
+
+    def memory_bytes(self) -> int:
+        """Measured memory of the process, its part of what it shares included; 0 once it has ended."""
+        try:
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return 0
+            return int(getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss)
+        except psutil.Error:
+            return 0
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         send(self._process, number)
 
@@ -95,8 +132,12 @@ class Child:
                 report = _decode(line)
             except (msgspec.ValidationError, msgspec.DecodeError):
                 continue  # a library that prints to standard output
-            if isinstance(report, State):
+            if isinstance(report, Activity):
+                self.activity = report
+            elif isinstance(report, State):
                 self._on_state(report)
+            elif isinstance(report, Parked) and not self.parked.done():
+                self.parked.set_result(report)
             elif isinstance(report, Ready) and not self.ready.done():
                 self.ready.set_result(report)
             elif isinstance(report, Refused) and not self.ready.done():
@@ -106,5 +147,7 @@ class Child:
             self.ready.set_exception(
                 EngineLost(f"The engine ended with status {code} while loading.", "See the worker's log.")
             )
-        self.ready.exception()  # retrieved, in case nobody waits any more
+        if not self.parked.done():
+            self.parked.set_exception(EngineLost(f"The engine ended with status {code}.", "See the worker's log."))
+        self.ready.exception(), self.parked.exception()  # retrieved, in case nobody waits any more
         self.ended.set()

@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 
 from services.workers import timings
 from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finished, Request
-from services.workers.engine.energy import Meter
+from services.workers.engine.energy import AttributedMeter
 from services.workers.protocol import Start, State
 from shared import codec, subjects, tasks
 from shared import messages as m
@@ -59,7 +59,7 @@ class EngineHost:
         settings: Settings,
         start: Start,
         batcher: Batcher,
-        meter: Meter,
+        meter: AttributedMeter,
         priority: str,
         report: Callable[[State], None],
         log: Any,
@@ -86,7 +86,9 @@ class EngineHost:
         self._thread = threading.Thread(target=self._generate, name="engine", daemon=True)
         self._ready_at = clock()
         self._open_since = clock()
-        self._tokens_out = 0
+        self.tokens_in = 0
+        """Prompt tokens of all answers so far."""
+        self.tokens_out = 0
         self._tpot_s = 0.0
         self._last_used = 0.0
         self._process = psutil.Process()
@@ -238,7 +240,11 @@ class EngineHost:
             return
         self._jobs[work.query_id] = job
         try:
-            self._submit(Request(work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at))
+            request = Request(
+                work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at,
+                urgent=work.planned.accepted.query.priority == "hi", adapter=work.adapter,
+            )  # fmt: skip
+            self._submit(request)
             end = await self._stream(job)
         except asyncio.CancelledError:
             self._withdraw(work.query_id)
@@ -293,7 +299,7 @@ class EngineHost:
             artifact=work.artifact,
             worker=self._start.worker,
             finish_reason=end.reason,
-            usage=m.Usage(tokens_in=end.tokens_in, tokens_out=end.tokens_out),
+            usage=m.Usage(tokens_in=end.tokens_in, tokens_out=end.tokens_out, tokens_cached=end.tokens_cached),
             timings=times,
             energy=m.Energy(joules=end.energy_in_j + end.energy_out_j, source=self._meter.source),
             confidence=m.Confidence(
@@ -324,7 +330,8 @@ class EngineHost:
             energy_out_j=end.energy_out_j,
         )
         await self._bus.finish(done, resend=resend)
-        self._tokens_out += end.tokens_out
+        self.tokens_in += end.tokens_in
+        self.tokens_out += end.tokens_out
         if end.tokens_out > 1:
             tpot = times.decode_s / (end.tokens_out - 1)
             self._tpot_s = tpot if not self._tpot_s else 0.8 * self._tpot_s + 0.2 * tpot
@@ -380,7 +387,7 @@ class EngineHost:
                 State(
                     active=self._taken,
                     held=max(0, self._taken - self._start.spec.slots),
-                    tokens_out=self._tokens_out,
+                    tokens_out=self.tokens_out,
                     tpot_s=self._tpot_s,
                     last_used_at=self._last_used,
                     measured_bytes=self._process.memory_info().rss,

@@ -19,8 +19,10 @@ from nats.aio.msg import Msg
 
 from services.workers import device as devices
 from services.workers.children import Child
+from services.workers.energy_keeper import EnergyKeeper, Running
 from services.workers.ledger import Ledger
 from services.workers.protocol import Start, State
+from services.workers.reserve import Reserve
 from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.errors import CalmError, OperationTimeout, Overloaded
@@ -55,7 +57,9 @@ class Worker:
         self._models = ModelsView(self._bus)
         self._device: m.Device
         self._ledger: Ledger
+        self._energy: EnergyKeeper
         self._engines: dict[str, _Engine] = {}
+        self._reserve: Reserve
         self._operations: OrderedDict[str, asyncio.Task[m.WorkerReply]] = OrderedDict()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,11 +76,19 @@ class Worker:
         budget = self._settings.worker_memory or await self._budget_of_fleet()
         budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
         self._ledger = Ledger(budget)
+        standby = self._settings.standby_memory if self._device.kind == "cpu" else 0
+        self._reserve = Reserve(spares=self._settings.spare_engines, standby_bytes=standby, log=self._log)
         self._log.info("device", kind=self._device.kind, name=self._device.name, budget_bytes=budget)
+        self._energy = EnergyKeeper(
+            self._bus, self._settings, self.name, self._device, self._running, clock=self._clock
+        )
+        self._energy.start()
+        self._log.info("energy", source=self._energy.source)
         await self._bus.subscribe(subjects.worker_request(self.name, "load"), self._on_load)
         await self._bus.subscribe(subjects.worker_request(self.name, "evict"), self._on_evict)
         self._bus.on_reconnect(self._changed.set)
         self._register = asyncio.create_task(self._keep_registered())
+        self._reserve.fill()
 
     async def stop(self) -> None:
         self._stopping = True
@@ -84,7 +96,8 @@ class Worker:
             engine.draining = True
         await self._publish()
         children = [e.child for e in self._engines.values() if e.child is not None]
-        await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children))
+        await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children), self._reserve.close())
+        await self._energy.stop()
         if self._register is not None:
             await tasks.end([self._register])
         key = subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name))
@@ -107,6 +120,7 @@ class Worker:
             device=self._device,
             budget_bytes=self._ledger.budget_bytes,
             engines=[e.state for _, e in sorted(self._engines.items())],
+            standby=self._reserve.standbys,
             draining=self._stopping,
             started_at=self._started_at,
             at=self._clock(),
@@ -200,15 +214,24 @@ class Worker:
 
     async def _bring_up(self, engine: _Engine, expires_at: float) -> None:
         spec = engine.spec
-        start = Start(worker=self.name, spec=spec, device=self._device)
-        engine.child = await Child.spawn(start, lambda state: self._on_state(engine, state))
+        start = Start(
+            worker=self.name, spec=spec, device=self._device, energy_source=self._energy.source,
+            power_w=self._energy.power_w,
+        )  # fmt: skip
+        began = time.perf_counter()
+        engine.child = await self._reserve.take(spec)
+        await engine.child.start(start, lambda state: self._on_state(engine, state))
         ready = await engine.child.wait_ready(max(expires_at - self._clock(), 1.0))
         now = self._clock()
         engine.state = msgspec.structs.replace(
             engine.state, state="ready", measured_bytes=ready.measured_bytes, loaded_at=now, last_used_at=now,
-            load_s=ready.load_s, pid=engine.child.pid,
+            load_s=time.perf_counter() - began, pid=engine.child.pid,
         )  # fmt: skip
-        self._log.info("loaded", artifact=spec.name, load_s=round(ready.load_s, 3), provider=ready.provider)
+        self._log.info(
+            "loaded", artifact=spec.name, load_s=round(engine.state.load_s, 3), in_engine_s=round(ready.load_s, 3),
+            provider=ready.provider, measured_bytes=ready.measured_bytes,
+        )  # fmt: skip
+        self._reserve.fill()
         await self._publish()
         watch = asyncio.create_task(self._watch(engine))
         self._tasks.add(watch)
@@ -222,9 +245,14 @@ class Worker:
             engine.draining = True
             engine.state = msgspec.structs.replace(engine.state, state="draining")
             await self._publish()
-            await engine.child.drain(self._settings.drain_s)
+            before = engine.child.memory_bytes()
+            kept = await self._reserve.put(engine.spec, engine.child, self._settings.drain_s)
+            freed = before - (kept or engine.child.memory_bytes())
             size = self._forget(command.artifact)
-            self._log.info("evicted", artifact=command.artifact, reason=command.reason)
+            self._log.info(
+                "evicted", artifact=command.artifact, reason=command.reason, measured_bytes=before, freed_bytes=freed,
+                standby_bytes=kept,
+            )  # fmt: skip
             await self._publish()
             return size
 
@@ -249,6 +277,13 @@ class Worker:
         return []
 
     # --- engines ---
+
+    def _running(self) -> list[Running]:
+        return [
+            Running(name, engine.child, engine.state.state == "loading")
+            for name, engine in self._engines.items()
+            if engine.child is not None
+        ] + [Running(name, child, False) for name, child in self._reserve.children()]
 
     def _on_state(self, engine: _Engine, report: State) -> None:
         state: Literal["ready", "draining"] = "draining" if engine.draining else "ready"
@@ -284,6 +319,7 @@ class Worker:
         await self._bus.send(subjects.symptom(symptom.kind), symptom)
 
     def _forget(self, artifact: str) -> int:
+        self._energy.tick()  # what it did last is still its own
         self._engines.pop(artifact, None)
         self._changed.set()
         return self._ledger.release(artifact)

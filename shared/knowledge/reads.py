@@ -181,6 +181,52 @@ async def last_feedback(store: Store, count: int) -> list[tuple[str, str, float]
         ]
 
 
+async def energy(store: Store) -> m.EnergyReports:
+    """Each worker's energy ledger over all its starts, with what its answers' own figures add up to."""
+    e, c = t.energy, t.completions
+    names = ("elapsed_s", "total_j", "idle_j", "other_j", "active_j", "load_j", "loads", "busy_s", "tokens_in",
+             "tokens_out")  # fmt: skip
+    sums = (
+        select(
+            e.c.worker, e.c.artifact, func.max(e.c.host).label("host"), func.max(e.c.source).label("source"),
+            func.max(e.c.device_class).label("device_class"), func.min(e.c.started_at).label("started_at"),
+            func.max(e.c.at).label("at"), *(func.sum(e.c[name]).label(name) for name in names),
+        )
+        .group_by(e.c.worker, e.c.artifact)
+        .order_by(e.c.worker, e.c.artifact)
+    )  # fmt: skip
+    answered = (
+        select(c.c.worker, c.c.artifact, func.count(), func.sum(c.c.energy_j))
+        .where(c.c.answered)
+        .group_by(c.c.worker, c.c.artifact)
+    )
+    async with store.read() as connection:
+        answers = {(row[0], row[1]): row[2:] for row in await connection.execute(answered)}
+        found = (await connection.execute(sums)).all()
+    accounts: dict[str, list[m.EnergyAccount]] = {}
+    for row in found:
+        if row.artifact:
+            count, joules = answers.get((row.worker, row.artifact), (0, 0.0))
+            accounts.setdefault(row.worker, []).append(
+                m.EnergyAccount(
+                    artifact=row.artifact, active_j=row.active_j, load_j=row.load_j, loads=row.loads,
+                    busy_s=row.busy_s, tokens_in=row.tokens_in, tokens_out=row.tokens_out, answers=count,
+                    answers_j=joules,
+                )
+            )  # fmt: skip
+    return m.EnergyReports(
+        workers=[
+            m.EnergyReport(
+                worker=row.worker, host=row.host, device_class=row.device_class, source=row.source,
+                started_at=row.started_at, at=row.at, elapsed_s=row.elapsed_s, total_j=row.total_j,
+                idle_j=row.idle_j, other_j=row.other_j, accounts=accounts.get(row.worker, []),
+            )
+            for row in found
+            if not row.artifact
+        ]
+    )  # fmt: skip
+
+
 async def device_classes(store: Store) -> dict[str, str]:
     """Device class of every worker ever seen."""
     async with store.read() as connection:

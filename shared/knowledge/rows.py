@@ -10,6 +10,8 @@ from shared import codec
 from shared import messages as m
 
 Row = dict[str, Any]
+_DEVICE_SUMS = ("elapsed_s", "total_j", "idle_j", "other_j")
+_ACCOUNT_SUMS = ("active_j", "load_j", "loads", "busy_s", "tokens_in", "tokens_out")
 
 
 def day(at: float) -> str:
@@ -142,6 +144,28 @@ def sample(state: m.WorkerState) -> Row:
         "active": sum(e.active for e in state.engines),
         "held": sum(e.held for e in state.engines),
     }
+
+
+def energy(report: m.EnergyReport) -> list[Row]:
+    """A worker's energy ledger: one row for the device, with the empty artifact, and one for each artifact."""
+    common = {
+        "worker": report.worker,
+        "started_at": report.started_at,
+        "host": report.host,
+        "device_class": report.device_class,
+        "source": report.source,
+        "at": report.at,
+    }
+    device = m.EnergyAccount(artifact="")
+    return [
+        {
+            **common,
+            "artifact": account.artifact,
+            **{name: getattr(report, name) if account is device else 0.0 for name in _DEVICE_SUMS},
+            **{name: getattr(account, name) for name in _ACCOUNT_SUMS},
+        }
+        for account in (device, *report.accounts)
+    ]
 
 
 def card(published: m.Card, at: float) -> Row:

@@ -37,6 +37,7 @@ class Batch:
     symptoms: list[Row] = field(default_factory=list)
     workers: list[Row] = field(default_factory=list)
     device_samples: list[Row] = field(default_factory=list)
+    energy: list[Row] = field(default_factory=list)
     models: list[Row] = field(default_factory=list)
     parameters: list[Row] = field(default_factory=list)
     rejections: list[Row] = field(default_factory=list)
@@ -104,6 +105,7 @@ class Store:
                 (t.controls, t.controls.c.at),
                 (t.feedback, t.feedback.c.at),
                 (t.device_samples, t.device_samples.c.at),
+                (t.energy, t.energy.c.at),
                 (t.symptoms, t.symptoms.c.at),
             ):
                 deleted += (await connection.execute(delete(table).where(column < before))).rowcount
@@ -159,6 +161,7 @@ async def _write(connection: AsyncConnection, batch: Batch) -> Fresh:
     if batch.symptoms:
         await connection.execute(insert(t.symptoms), batch.symptoms)
     await _put(connection, t.workers, batch.workers, keep=("first_seen",))
+    await _put(connection, t.energy, batch.energy)
     await _put(connection, t.models, batch.models, keep=("first_seen",))
     started = _only(batch.operations, ("op_id", "kind"), operations)
     await _sum(connection, t.tallies, rows.tallies(ended, started, len(queries), judged))

@@ -156,6 +156,29 @@ device_samples = Table(
 )
 """What each worker held, every few seconds."""
 
+energy = Table(
+    "energy",
+    metadata,
+    Column("worker", String, primary_key=True),
+    Column("started_at", Float, primary_key=True),
+    Column("artifact", String, primary_key=True),
+    _text("host"),
+    _text("device_class"),
+    _text("source"),
+    Column("at", Float, nullable=False, index=True),
+    _number("elapsed_s"),
+    _number("total_j"),
+    _number("idle_j"),
+    _number("other_j"),
+    _number("active_j"),
+    _number("load_j"),
+    _number("loads", Integer),
+    _number("busy_s"),
+    _number("tokens_in", Integer),
+    _number("tokens_out", Integer),
+)
+"""The energy ledger: sums per start of a worker. The empty artifact is the device, with total, idle and other."""
+
 symptoms = Table(
     "symptoms",
     metadata,

@@ -44,6 +44,8 @@ def render(
             bos_token=bos_token,
             eos_token=eos_token,
             add_generation_prompt=add_generation_prompt,
+            tools=None,  # these two are given by transformers too, and templates ask whether they are none
+            documents=None,
         )
     except _Refused as error:
         raise InvalidQuery(f"The model's chat template says: {error}.", "Change the roles of `messages`.") from None

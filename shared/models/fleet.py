@@ -37,7 +37,8 @@ class ResidencySection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Slug
     source: str
-    """`pypi:PACKAGE==VERSION#FILE`, `hf:ORG/NAME[@REVISION][#FILE]`, or a path (GGUF file or ONNX folder)."""
+    """`pypi:PACKAGE==VERSION#FILE`, `hf:ORG/NAME[@REVISION][#FILE]`, or a path (GGUF file, folder with safetensors or
+    ONNX)."""
     licence: str
     variants: Annotated[list[Slug], Meta(min_length=1)]
     sha256: str = ""
@@ -50,10 +51,25 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What one resident copy needs, stated for people who have not pulled the model yet."""
 
 
+class AdapterSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A LoRA adapter over a model of this file."""
+
+    name: Slug
+    model: Slug
+    """The model that it was trained on."""
+    source: str
+    """As a model's: a folder of PEFT's, or a GGUF adapter file."""
+    licence: str
+    sha256: str = ""
+    """Of the weights file; checked after download when given."""
+
+
 class CardSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Slug
     model: Slug
     variant: Slug
+    adapter: Slug | None = None
+    """Answer with this adapter over the model; cards over one variant share its memory whatever their adapters."""
     description: Annotated[str, Meta(min_length=1)]
     exemplars: list[str] = []
     domains: dict[str, Share] = {}
@@ -91,6 +107,7 @@ class FleetFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fleet: FleetSection
     models: Annotated[list[ModelSection], Meta(min_length=1)]
     cards: Annotated[list[CardSection], Meta(min_length=1)]
+    adapters: list[AdapterSection] = []
     embedder: EmbedderSection = EmbedderSection()
     qos: QosSection = QosSection()
     residency: ResidencySection = ResidencySection()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import msgspec
 from shared import messages as m
 from shared.errors import FleetFileInvalid, ModelMissing
 from shared.models.fleet import (
+    AdapterSection,
     CardSection,
     EmbedderSection,
     FleetFile,
@@ -33,6 +35,7 @@ _SECTIONS: dict[str, type[msgspec.Struct]] = {
     "fleet": FleetSection,
     "models": ModelSection,
     "cards": CardSection,
+    "adapters": AdapterSection,
     "embedder": EmbedderSection,
     "qos": QosSection,
     "residency": ResidencySection,
@@ -102,6 +105,7 @@ def parse_fleet(text: str, path: str) -> FleetFile:
         raise problem.of_schema(str(error), raw) from None
     _check_names(fleet, problem)
     _check_models(fleet, problem)
+    _check_adapters(fleet, problem)
     _check_cards(fleet, problem)
     _check_sizes(fleet, problem)
     _check_probes(fleet, problem)
@@ -131,7 +135,7 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
     """The fleet's cards, each with the artifact it runs on.
 
     Raises:
-        ModelMissing: a model or variant of a card is not in the store.
+        ModelMissing: a model, variant or adapter of a card is not in the store.
     """
     models = {model.name: model for model in fleet.models}
     overhead = parse_bytes(fleet.residency.engine_overhead)
@@ -146,10 +150,13 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
             )
         model = models[card.model]
         spec = manifest.artifact(variant, slots=model.slots, context=model.context, overhead_bytes=overhead)
+        if adapters := adapters_of(fleet, card.model, card.variant):
+            spec = _with_adapters(spec, adapters, store)
         result.append(
             m.Card(
                 name=card.name,
                 artifact=spec,
+                adapter=card.adapter or "",
                 description=card.description,
                 exemplars=card.exemplars,
                 domains=card.domains,
@@ -165,6 +172,25 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
             )
         )
     return result
+
+
+def adapters_of(fleet: FleetFile, model: str, variant: str) -> list[str]:
+    """The adapters that cards use over a variant of a model, by name."""
+    cards = [c for c in fleet.cards if (c.model, c.variant) == (model, variant)]
+    return sorted({card.adapter for card in cards if card.adapter})
+
+
+def _with_adapters(spec: m.ArtifactSpec, adapters: list[str], store: Manifests) -> m.ArtifactSpec:
+    """With other adapters it is another artifact: engines that run already hold those they were loaded with."""
+    size, digest = 0, hashlib.sha256()
+    for name in adapters:
+        manifest = _manifest(store, name)
+        if manifest.kind != "adapter":
+            raise ModelMissing(f"{name!r} is in the model store, and is no adapter.", "Remove it, and pull again.")
+        size += sum(variant.weights_bytes for variant in manifest.variants)
+        digest.update(f"{name} {manifest.source_sha256}\n".encode())
+    name = f"{spec.name}-{digest.hexdigest()[:6]}"
+    return msgspec.structs.replace(spec, name=name, adapters=adapters, adapter_bytes=size)
 
 
 def artifact_specs(fleet: FleetFile, store: Manifests) -> dict[str, m.ArtifactSpec]:
@@ -207,7 +233,9 @@ class _Problem:
             remedy = f"Add `{match[1]}` to {name}."
             if not where and match[1] in _SECTIONS:
                 section = match[1]
-                remedy = f"Add a [[{section}]] table." if section in ("models", "cards") else f"Add [{section}]."
+                remedy = (
+                    f"Add a [[{section}]] table." if section in ("models", "cards", "adapters") else f"Add [{section}]."
+                )
             return self.at(where, f"{name} lacks `{match[1]}`.", remedy)
         value = _value(raw, where)
         got = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) else ""
@@ -280,6 +308,40 @@ def _check_models(fleet: FleetFile, problem: _Problem) -> None:
                     "Name each variant once, or rename one of the models.",
                 )
             artifacts[name] = f"`{model.name}` with `{variant}`"
+
+
+def _check_adapters(fleet: FleetFile, problem: _Problem) -> None:
+    models = {model.name: model for model in fleet.models}
+    taken = {*models, fleet.embedder.name}
+    for index, adapter in enumerate(fleet.adapters):
+        if adapter.name in taken:
+            raise problem.at(
+                ("adapters", index, "name"), f"`{adapter.name}` is the name of something else.", "Give it its own."
+            )
+        taken.add(adapter.name)
+        if adapter.model not in models:
+            raise problem.at(
+                ("adapters", index, "model"),
+                f"Adapter `{adapter.name}` names the unknown model `{adapter.model}`.",
+                _near(adapter.model, models),
+            )
+    by_name = {adapter.name: adapter for adapter in fleet.adapters}
+    for index, card in enumerate(fleet.cards):
+        if card.adapter is None:
+            continue
+        if card.adapter not in by_name:
+            raise problem.at(
+                ("cards", index, "adapter"),
+                f"Card `{card.name}` names the unknown adapter `{card.adapter}`.",
+                _near(card.adapter, by_name) if by_name else "Add an [[adapters]] table for it.",
+            )
+        base = by_name[card.adapter].model
+        if base != card.model:
+            raise problem.at(
+                ("cards", index, "adapter"),
+                f"Adapter `{card.adapter}` is for the model `{base}`, and card `{card.name}` uses `{card.model}`.",
+                "Name the adapter's own model in the card.",
+            )
 
 
 def _check_cards(fleet: FleetFile, problem: _Problem) -> None:

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from shared.errors import UnsupportedModel
+from shared.models import pretokenizers
 
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 _END_OF_GENERATION = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<|end|>",
     "<end_of_turn>",
 })  # fmt: skip
-"""Control tokens at which generation ends besides the declared one, as llama.cpp treats them."""
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+"""Tokens at which generation ends besides the declared one, as llama.cpp treats them."""
 
 
 def build(fields: Mapping[str, Any]) -> Tokenizer:
@@ -42,17 +38,34 @@ def build(fields: Mapping[str, Any]) -> Tokenizer:
             "Kinds `gpt2` (BPE) and `llama` (SentencePiece) are read.",
         )
     # User-defined tokens are found whole in the text as well, but they are part of what is said.
-    tokenizer.add_tokens(
+    special = set(stop_token_ids(fields)) | {index for index, kind in enumerate(types) if kind == _CONTROL}
+    said = [index for index, kind in enumerate(types) if kind == _USER_DEFINED and index not in special]
+    eats = _phi3_eats_blanks(fields)
+    tokenizer.add_tokens([AddedToken(tokens[index], special=False, normalized=False) for index in said])
+    tokenizer.add_special_tokens(
         [
-            AddedToken(t, special=False, normalized=False)
-            for t, n in zip(tokens, types, strict=True)
-            if n == _USER_DEFINED
+            AddedToken(tokens[index], special=True, normalized=False, rstrip=eats and tokens[index] not in _PLAIN_PHI3)
+            for index in sorted(special)
         ]
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, n in zip(tokens, types, strict=True) if n == _CONTROL]
-    )
     return tokenizer
+
+
+_PLAIN_PHI3 = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+
+
+def _phi3_eats_blanks(fields: Mapping[str, Any]) -> bool:
+    """Phi-3's control tokens swallow white space behind them; no field says so, llama.cpp too goes by the name."""
+    return fields.get("general.architecture") == "phi3" and fields.get("tokenizer.ggml.model") == "llama"
+
+
+def adds_bos(fields: Mapping[str, Any]) -> bool:
+    """Whether a text begins with the beginning-of-sequence token: as the file says, else as its kind does."""
+    kind = fields.get("tokenizer.ggml.model")
+    default = kind == "llama" or (
+        kind == "gpt2" and pretokenizers.named(fields.get("tokenizer.ggml.pre", "default")).adds_bos
+    )
+    return bool(fields.get("tokenizer.ggml.add_bos_token", default))
 
 
 def stop_token_ids(fields: Mapping[str, Any]) -> list[int]:
@@ -60,35 +73,27 @@ def stop_token_ids(fields: Mapping[str, Any]) -> list[int]:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
     declared = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    known = [i for i, t in enumerate(tokens) if types[i] == _CONTROL and t in _END_OF_GENERATION]
+    kinds = {"</s>": (_CONTROL,)}  # a Gemma has this one as text, among other tags of HTML
+    known = [
+        index
+        for index, token in enumerate(tokens)
+        if token in _END_OF_GENERATION and types[index] in kinds.get(token, (_CONTROL, _USER_DEFINED))
+    ]
     return sorted({int(i) for i in [*declared, *known] if i is not None})
 
 
 def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    listed = fields.get("tokenizer.ggml.merges")
+    if not listed:
+        raise UnsupportedModel("The GGUF's BPE tokenizer has no merges.", "Re-convert it with a newer converter.")
+    merges = [tuple(merge.split(" ", 1)) for merge in listed]
     vocab = {token: index for index, token in enumerate(tokens)}
-    name = fields.get("tokenizer.ggml.pre", "default")
-    llama3 = name in ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx")
-    whole = name in ("llama-bpe", "llama3", "llama-v3")  # takes a word that is in the vocabulary without merging
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=whole))
-    if name in ("smollm", "starcoder", "refact", "command-r"):
-        before: list[Any] = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    elif name in ("gpt-2", "default", "olmo", "jais"):
-        before = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    elif llama3:
-        before = [
-            pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    else:
-        raise UnsupportedModel(
-            f"The GGUF's pre-tokenizer {name!r} is not known.",
-            "Known are smollm, gpt-2 and llama-bpe; convert the model from its original files instead.",
-        )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(before)
+    way = pretokenizers.named(fields.get("tokenizer.ggml.pre", "default"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=way.whole_words))
+    normalizer = way.normalizer()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = way.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -99,7 +104,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int
     vocab = {token: index for index, token in enumerate(tokens)}
     merges: list[tuple[float, int, int, str, str]] = []
     for piece, index in vocab.items():
-        if types[index] in (_CONTROL, _BYTE):
+        if types[index] != _NORMAL:
             continue
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]

@@ -4,60 +4,65 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
+from typing import Any, TypeVar
+from urllib.parse import quote
 
-from shared.errors import ChecksumMismatch, SourceUnavailable
+from shared.errors import ChecksumMismatch, NoSpace, SourceOffline, SourceUnavailable
 from shared.models.files import sha256_of
+from shared.models.hub_http import HubHttp, Interrupted, sha256_in
+from shared.settings import format_bytes
 
+T = TypeVar("T")
 Progress = Callable[[int, int | None], None]
 """Called with bytes so far and bytes in all (None while unknown)."""
 
+PAUSES_S = (0.5, 2.0, 8.0)
+"""Waits before a transfer that failed is gone on with; bytes that arrive start them anew."""
+RESERVE_BYTES = 64 << 20
+"""Disk space that a download leaves free."""
 _PIECE = 1 << 20
-_REMEDIES = {
-    401: "Set CALM_HUB_TOKEN to a token that may read it; a name that does not exist is answered like this too.",
-    403: "Accept the model's licence on the hub, and set CALM_HUB_TOKEN.",
-    404: "Check organisation, name, revision and file in the source.",
-    429: "The hub asks for a pause: try again in some minutes, or set CALM_HUB_TOKEN.",
-}
+_AGAIN = "Run the same command again: it goes on from there."
 
 
 @dataclass(frozen=True)
 class RemoteFile:
     size: int | None
+    """Bytes; None where the hub does not say."""
     sha256: str
     """Empty for small files, of which the hub keeps none."""
 
 
 class Hub:
-    """One hub at `endpoint`; `token` is sent to that host only, never to the one it redirects to."""
+    """One hub at `endpoint`. `pauses_s`: how long to wait before each further attempt at a failed transfer."""
 
-    def __init__(self, endpoint: str, token: str = "") -> None:
-        self._endpoint = endpoint.rstrip("/")
-        if not self._endpoint.startswith(("https://", "http://")):
-            raise SourceUnavailable(f"{endpoint!r} is not an http address.", "Check CALM_HUB_URL.")
-        self._token = token
-        self._opener = urllib.request.build_opener(_Redirects())
+    def __init__(self, endpoint: str, token: str = "", *, pauses_s: Sequence[float] | None = None) -> None:
+        self._http = HubHttp(endpoint, token)
+        self._pauses_s = tuple(PAUSES_S if pauses_s is None else pauses_s)
 
     def files(self, repository: str, revision: str) -> tuple[str, dict[str, RemoteFile]]:
         """The commit that `revision` stands for, and its files by name.
 
         Raises:
-            SourceUnavailable: the hub cannot be reached, refuses, or answers something else.
+            SourceUnavailable: the hub cannot be reached, refuses, or answers something else; see `HubHttp.open`.
         """
-        url = f"{self._endpoint}/api/models/{quote(repository)}/revision/{quote(revision, safe='')}?blobs=true"
-        try:
-            with self._open(url) as reply:
-                answer = json.loads(reply.read())
-            found = {entry["rfilename"]: _remote(entry) for entry in answer["siblings"]}
-            return str(answer["sha"]), found
-        except (ValueError, KeyError, TypeError, http.client.HTTPException, OSError) as error:
-            raise SourceUnavailable(f"{url} gave no list of files ({error!r}).", "Check CALM_HUB_URL.") from None
+        path = f"/api/models/{quote(repository)}/revision/{quote(revision, safe='')}?blobs=true"
+
+        def ask() -> tuple[str, dict[str, RemoteFile]]:
+            try:
+                with self._http.open(path) as reply:
+                    answer = json.loads(reply.read())
+                return str(answer["sha"]), {entry["rfilename"]: _remote(entry) for entry in answer["siblings"]}
+            except (ValueError, KeyError, TypeError, AttributeError, http.client.HTTPException, OSError) as error:
+                raise SourceUnavailable(
+                    f"{self._http.endpoint}{path} gave no list of files ({error!r}).", "Check CALM_HUB_URL."
+                ) from None
+
+        return self._patiently(ask)
 
     def download(
         self, repository: str, commit: str, files: Mapping[str, RemoteFile], folder: Path, progress: Progress
@@ -65,88 +70,121 @@ class Hub:
         """Bring `files` of a commit into `folder`; what an earlier attempt brought is kept and gone on with.
 
         Raises:
+            NoSpace: the disk cannot take what is still to come; nothing was transferred.
             SourceUnavailable: a transfer failed; the part that arrived stays for the next attempt.
             ChecksumMismatch: the bytes are not the hub's; they are removed.
         """
         sizes = [file.size for file in files.values()]
         total = sum(s for s in sizes if s is not None) if None not in sizes else None
+        _check_space(files, folder)
         before = 0
         for name, remote in files.items():
             target = folder / name
             if not target.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                url = f"{self._endpoint}/{quote(repository)}/resolve/{quote(commit, safe='')}/{quote(name)}"
-                self._transfer(url, target, remote, _offset(progress, before, total))
+                path = f"/{quote(repository)}/resolve/{quote(commit, safe='')}/{quote(name)}"
+                self._transfer(path, target, remote, _offset(progress, before, total))
             before += target.stat().st_size
             progress(before, total)
 
-    def _transfer(self, url: str, target: Path, remote: RemoteFile, progress: Callable[[int], None]) -> None:
+    def _transfer(self, path: str, target: Path, remote: RemoteFile, progress: Callable[[int], None]) -> None:
+        url = f"{self._http.endpoint}{path}"
         part = target.with_name(f"{target.name}.part")
-        have = part.stat().st_size if part.exists() else 0
-        if remote.size is not None and have > remote.size:
-            part.unlink()
-            have = 0
-        if have == 0 or have != remote.size:
-            have = self._append(url, part, have, progress)
+        tag = target.with_name(f"{target.name}.etag")
+        if remote.size is None or _size(part) > remote.size:  # of unknown size, nobody can say whether it is whole
+            part.unlink(missing_ok=True)
+        if not part.exists() or _size(part) != remote.size:
+            remote = self._patiently(lambda: self._append(path, part, tag, remote, progress), lambda: _size(part))
+        have = _size(part)
         if remote.size is not None and have != remote.size:
-            raise SourceUnavailable(f"{url} broke off after {have} of {remote.size} bytes.", _AGAIN)
+            part.unlink()  # a whole answer of another length: what is there can never become the right one
+            raise SourceUnavailable(f"{url} has {have} bytes, and the hub lists {remote.size}.", "Try again later.")
         if remote.sha256 and sha256_of(part) != remote.sha256:
             part.unlink()
-            raise ChecksumMismatch(f"{url} arrived damaged.", "Run `calm models pull` again.")
+            tag.unlink(missing_ok=True)
+            raise ChecksumMismatch(
+                f"{url} arrived damaged: its sha256 is not the hub's {remote.sha256}.", "Run the same command again."
+            )
         part.rename(target)
+        tag.unlink(missing_ok=True)
 
-    def _append(self, url: str, part: Path, have: int, progress: Callable[[int], None]) -> int:
-        """Fetch what is missing behind the first `have` bytes; returns the bytes there are then."""
+    def _append(
+        self, path: str, part: Path, tag: Path, remote: RemoteFile, progress: Callable[[int], None]
+    ) -> RemoteFile:
+        """Fetch what is missing behind the bytes in `part`; returns `remote` with what the transfer told besides.
+
+        The ETag of an interrupted transfer lies in `tag` and goes into If-Range, so that a file that has changed in
+        between is sent whole instead of being joined to the beginning of another.
+        """
+        url, have = f"{self._http.endpoint}{path}", _size(part)
+        headers = {}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+            if tag.is_file():
+                headers["If-Range"] = tag.read_text()
         try:
-            with self._open(url, have) as reply:
-                if have and reply.status != http.client.PARTIAL_CONTENT:
+            with self._http.open(path, headers) as reply:
+                if have and not _continues(reply, have):
                     have = 0
+                etag = reply.headers.get("ETag", "")
+                if etag.startswith('"'):  # a weak one may not be used with Range
+                    tag.write_text(etag)
+                else:
+                    tag.unlink(missing_ok=True)
                 length = reply.headers.get("Content-Length")
-                expected = have + int(length) if length else None
+                expected = have + int(length) if length else remote.size
                 with part.open("ab" if have else "wb") as file:
                     while piece := reply.read(_PIECE):
                         file.write(piece)
                         have += len(piece)
                         progress(have)
+                sha256 = remote.sha256 or reply.linked_sha256
         except (http.client.HTTPException, OSError) as error:
-            raise SourceUnavailable(f"{url} broke off ({error}).", _AGAIN) from None
-        if expected is not None and have != expected:
-            raise SourceUnavailable(f"{url} broke off after {have} of {expected} bytes.", _AGAIN)
-        return have
+            raise Interrupted(f"{url} broke off ({error}).", _AGAIN) from None
+        if expected is not None and have < expected:
+            raise Interrupted(f"{url} broke off after {have} of {expected} bytes.", _AGAIN)
+        return replace(remote, sha256=sha256)
 
-    def _open(self, url: str, start: int = 0) -> Any:
-        request = urllib.request.Request(url, headers={"User-Agent": "calm"})  # noqa: S310 checked in __init__
-        if self._token:
-            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
-        if start:
-            request.add_header("Range", f"bytes={start}-")
-        try:
-            return self._opener.open(request, timeout=30)
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise SourceUnavailable(
-                f"{url} answers {error.code} {error.reason}.", _REMEDIES.get(error.code, "Try again later.")
-            ) from None
-        except (http.client.HTTPException, OSError) as error:
-            raise SourceUnavailable(
-                f"{url} cannot be reached ({error}).",
-                "Check the network, or download the file elsewhere and name its path as the source.",
-            ) from None
+    def _patiently(self, attempt: Callable[[], T], arrived: Callable[[], int] = lambda: 0) -> T:
+        """Make attempts until one succeeds, fails for good, or `pauses_s` are used up without a further byte."""
+        left, seen = list(self._pauses_s), arrived()
+        while True:
+            try:
+                return attempt()
+            except (Interrupted, SourceOffline) as error:
+                if isinstance(error, SourceOffline) and not seen:
+                    raise  # nothing has ever come from there: say so at once
+                if arrived() > seen:
+                    left, seen = list(self._pauses_s), arrived()
+                if not left:
+                    raise
+                time.sleep(left.pop(0))
 
 
-_AGAIN = "Run `calm models pull` again: it goes on from there."
+def _continues(reply: Any, have: int) -> bool:
+    """Whether the answer begins where we left off; a server may send another range than was asked for."""
+    if reply.status != http.client.PARTIAL_CONTENT:
+        return False
+    return bool(reply.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-"))
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the token on redirects within the hub (a renamed repository), and drops it on the way to another host."""
+def _check_space(files: Mapping[str, RemoteFile], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    coming = sum(
+        max((remote.size or 0) - _size(folder / f"{name}.part"), 0)
+        for name, remote in files.items()
+        if not (folder / name).is_file()
+    )
+    free = shutil.disk_usage(folder).free
+    if coming and coming + RESERVE_BYTES > free:
+        raise NoSpace(
+            f"{format_bytes(coming)} are to be downloaded, and {format_bytes(free)} are free at {folder}.",
+            "Free some space, or set CALM_MODELS_DIR to a larger disk.",
+        )
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        following = super().redirect_request(req, fp, code, msg, headers, newurl)
-        token = req.unredirected_hdrs.get("Authorization")
-        old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if following is not None and token and (old.scheme, old.netloc) == (new.scheme, new.netloc):
-            following.add_unredirected_header("Authorization", token)
-        return following
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _offset(progress: Progress, before: int, total: int | None) -> Callable[[int], None]:
@@ -155,5 +193,7 @@ def _offset(progress: Progress, before: int, total: int | None) -> Callable[[int
 
 
 def _remote(entry: dict[str, Any]) -> RemoteFile:
+    """The revision call says `lfs.sha256`, the tree call and mirrors `lfs.oid`."""
     large = entry.get("lfs") or {}
-    return RemoteFile(size=large.get("size", entry.get("size")), sha256=str(large.get("sha256", "")))
+    said = str(large.get("sha256") or large.get("oid") or "")
+    return RemoteFile(size=large.get("size", entry.get("size")), sha256=sha256_in(said))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from shared.messages import ArtifactSpec
 
@@ -47,23 +48,27 @@ class TokenizerInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Variant(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
-    """`fp32`, `int8`, `int4`, or a name of its own for ready ONNX directories."""
+    """`fp32`, `fp16`, `int8`, `int4`, `int8-fp16`, `int4-fp16`, or a name of its own for ready ONNX directories."""
     path: str
     """Folder inside the model's folder; holds `model.onnx` and what it refers to."""
-    layout: Literal["calm", "gqa", "concat", "encoder", "static"]
+    layout: Literal["calm", "gqa", "concat", "encoder", "static", "lora"]
     """`calm`: our importer's graph (inputs input_ids, seqlens_k, total_sequence_length, shared KV buffers).
     `gqa`: GroupQueryAttention graph driven by attention_mask, shared KV buffers (onnxruntime-genai style).
     `concat`: present = past + new (plain Optimum export). `encoder`: an embedding model;
-    `static`: embeddings looked up in a table."""
+    `static`: embeddings looked up in a table; `lora`: an adapter, `adapter.safetensors`."""
     weights_bytes: int
     """Bytes of weights in memory once loaded."""
     files: dict[str, str] = {}
     """sha256 by file name, inside `path`."""
+    kv_dtype: Literal["float32", "float16"] | None = None
+    """Of its KV cache, when that is not what the architecture says."""
 
 
 class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
-    kind: Literal["generator", "embedder"] = "generator"
+    kind: Literal["generator", "embedder", "adapter"] = "generator"
+    base: str = ""
+    """Of an adapter, the model that it was made for; `architecture` is that model's."""
     source: str = ""
     source_sha256: str = ""
     licence: str = ""
@@ -77,12 +82,13 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def artifact(self, variant: Variant, *, slots: int, context: int, overhead_bytes: int) -> ArtifactSpec:
         """The variant as something a worker can hold, with `slots` sequences of `context` tokens."""
+        architecture = replace(self.architecture, kv_dtype=variant.kv_dtype or self.architecture.kv_dtype)
         return ArtifactSpec(
             name=artifact_name(self.name, variant.name),
             model=self.name,
             variant=variant.name,
             weights_bytes=variant.weights_bytes,
-            kv_bytes_per_token=self.architecture.kv_bytes_per_token,
+            kv_bytes_per_token=architecture.kv_bytes_per_token,
             slots=slots,
             context=min(context, self.architecture.context),
             overhead_bytes=overhead_bytes,

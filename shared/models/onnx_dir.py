@@ -73,7 +73,7 @@ def import_folder(
         licence=licence,
         created_at=time.time(),
         architecture=architecture,
-        tokenizer=_tokenizer(path, folder),
+        tokenizer=tokenizer_info(path, folder),
         variants=[*made, describe_variant(variant, target, layout)],
     )
 
@@ -133,7 +133,7 @@ def _located(entry: onnx.StringStringEntryProto) -> bool:
 
 
 def _architecture(model: onnx.ModelProto, path: Path) -> Architecture:
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     past = [i for i in model.graph.input if i.name.startswith("past")]
     shape = [d.dim_value for d in past[0].type.tensor_type.shape.dim]
     logits = next((o for o in model.graph.output if o.name == "logits"), None)
@@ -166,21 +166,23 @@ def _architecture(model: onnx.ModelProto, path: Path) -> Architecture:
     )
 
 
-def _tokenizer(path: Path, folder: Path) -> TokenizerInfo:
-    settings, generation = _json(path / "tokenizer_config.json"), _json(path / "generation_config.json")
+def tokenizer_info(path: Path, folder: Path) -> TokenizerInfo:
+    """What the manifest says of the tokenizer of the model at `path`, which is in `folder` already; writes the chat
+    template there. Raises UnsupportedModel when nothing says which token ends a text."""
+    settings, generation = read_json(path / "tokenizer_config.json"), read_json(path / "generation_config.json")
     template_file = path / "chat_template.jinja"
     template = template_file.read_text() if template_file.is_file() else settings.get("chat_template") or ""
     if isinstance(template, list):  # several named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), "")
     if template:
         (folder / "chat_template.jinja").write_text(template)
-    tokenizer = _json(path / "tokenizer.json")
+    tokenizer = read_json(path / "tokenizer.json")
     vocabulary = {t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}
     vocab = tokenizer.get("model", {}).get("vocab")
     known = {**vocab, **vocabulary} if isinstance(vocab, dict) else vocabulary
     eos = _text(settings.get("eos_token"))
     stops: set[int] = {int(known[eos])} if eos in known else set()
-    for declared in (generation, _json(path / "config.json"), _genai(path)):
+    for declared in (generation, read_json(path / "config.json"), _genai(path)):
         ids = declared.get("eos_token_id")
         stops |= {int(i) for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])}
     if not stops:
@@ -199,11 +201,12 @@ def _tokenizer(path: Path, folder: Path) -> TokenizerInfo:
 
 def _genai(path: Path) -> dict[str, Any]:
     """The `model` section of onnxruntime-genai's configuration."""
-    section = _json(path / "genai_config.json").get("model", {})
+    section = read_json(path / "genai_config.json").get("model", {})
     return section if isinstance(section, dict) else {}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """An object from a JSON file; empty when there is no such file. Raises UnsupportedModel when it is not JSON."""
     if not file.is_file():
         return {}
     try:

@@ -1,17 +1,16 @@
-"""Builds the decoder graph of a llama-family model out of fused ONNX Runtime operators, without torch.
+"""Builds a model's decoder graph out of fused ONNX Runtime operators, without torch.
 
 The graph's contract (layout `calm`), which the engine relies on:
 
 - inputs `input_ids` int64 [batch, seq]; `seqlens_k` int32 [batch]: valid tokens after this step, minus 1;
   `total_sequence_length` int32 []: the largest of these, plus 1; `past_key_values.L.key` and `.value`
-  float32 [batch, kv_heads, max_length, head_size];
+  float32 (float16 in precisions with fp16) [batch, kv_heads, max_length, head_size];
 - outputs `present.L.key` and `.value`, of the same shape, meant to be bound to the memory of the inputs;
   `logits` float32 [batch, 1, vocab]: of the last position only, so that prefill does not pay for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,51 +20,63 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from shared.models import quantize
-from shared.models.manifest import Architecture
+from shared.models.families.spec import DecoderSpec
+from shared.models.families.weights import Rows, Weights
+from shared.models.onnx_attention import Attention
 
 Floats = NDArray[np.float32]
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16"]
+"""Of the weights, and after the dash of everything between them when that is not float32. GroupQueryAttention runs on
+CUDA with half precision alone (onnxruntime's docs/OperatorKernels.md), so those with fp16 are the ones for GPUs."""
 
 _MS = "com.microsoft"
+_DATA = "model.onnx.data"
+_OUTSIDE_BYTES = 1024
+"""Constants of so many bytes and more lie in the data file."""
 
 
 class DecoderBuilder:
-    """One graph in one precision. `weight(name)` gives a GGUF tensor as float32 in row-major [out, in]."""
+    """The graph of one decoder in one precision."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        weight: Callable[[str], Floats | None],
-        precision: Precision,
-        *,
-        rms_epsilon: float,
-        rope_angles: Floats,
-    ) -> None:
-        """`rope_angles` [context, head_size / 2]."""
-        self._a = architecture
-        self._weight = weight
-        self._precision = precision
-        self._epsilon = rms_epsilon
-        self._rope = rope_angles
+    def __init__(self, spec: DecoderSpec, weights: Weights, precision: Precision) -> None:
+        self._spec = spec
+        self._a = spec.architecture
+        self._weights = weights
+        self._weights_as, _, between = precision.partition("-")
+        self._half = "fp16" in (self._weights_as, between)
         self._nodes: list[onnx.NodeProto] = []
         self._inits: list[onnx.TensorProto] = []
         self._widened: set[str] = set()
+        self._attention = Attention(spec, weights, self._node, self._init, half=self._half)
 
     def save(self, folder: Path) -> None:
         """Build the graph and write `model.onnx` and `model.onnx.data` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.onnx", "model.onnx.data"):  # onnx.save would append to external data that is there
+        for name in ("model.onnx", _DATA):  # never over a file that an engine may have mapped
             (folder / name).unlink(missing_ok=True)
-        model = self._model()
-        onnx.save(
-            model, str(folder / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=True,
-            location="model.onnx.data", size_threshold=1024,
-        )  # fmt: skip
+        with (folder / _DATA).open("wb") as self._data:
+            model = self._model()
+        onnx.save(model, str(folder / "model.onnx"))
 
     # --- pieces ---
 
-    def _init(self, name: str, value: NDArray[Any]) -> str:
-        self._inits.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    def _init(self, name: str, value: NDArray[Any], *, exact: bool = False) -> str:
+        """A constant; float32 becomes this graph's float type unless it is to stay `exact`."""
+        if self._half and value.dtype == np.float32 and not exact:
+            value = value.astype(np.float16)
+        value = np.ascontiguousarray(value)
+        if value.nbytes < _OUTSIDE_BYTES:
+            self._inits.append(numpy_helper.from_array(value, name))
+            return name
+        # Written as it is made, so that a model need not fit into memory several times over.
+        tensor = TensorProto(
+            name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+            data_location=TensorProto.EXTERNAL,
+        )  # fmt: skip
+        for key, text in (("location", _DATA), ("offset", self._data.tell()), ("length", value.nbytes)):
+            tensor.external_data.add(key=key, value=str(text))
+        self._data.write(value.data)
+        self._inits.append(tensor)
         return name
 
     def _node(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
@@ -73,29 +84,40 @@ class DecoderBuilder:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=f"{name}.node", domain=domain, **attributes))
         return name
 
-    def _need(self, name: str) -> Floats:
-        value = self._weight(name)
-        assert value is not None, name
-        return value
+    def _linear_of(self, x: str, parts: list[Rows], name: str) -> str:
+        """A linear layer out of the file, with its bias when it has one."""
+        out = self._linear(x, self._weights.matrix(parts), name)
+        bias = self._weights.bias(parts)
+        return out if bias is None else self._node("Add", [out, self._init(f"{name}.b", bias)], [f"{name}.biased"])
 
     def _linear(self, x: str, weights: Floats, name: str) -> str:
         """x [.., k] times weights [n, k] transposed, in this graph's precision."""
         rows, columns = weights.shape
         out = f"{name}.out"
-        if self._precision == "fp32":
+        if self._weights_as.startswith("fp"):
             return self._node("MatMul", [x, self._init(f"{name}.w", weights.T)], [out])
-        common = {"N": rows, "block_size": quantize.BLOCK, "accuracy_level": 4}
-        if self._precision == "int8":
+        if self._weights_as == "int8":
             values, scales = quantize.int8(weights)
             inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
-            return self._node("MatMulNBits", inputs, [out], _MS, bits=8, K=columns, **common)
-        packed, scales, zeros = quantize.int4(weights)
+            return self._matmul8(inputs, out, rows, columns)
+        four = quantize.int4(weights)
         inputs = [
-            self._with_sums(x, columns), self._init(f"{name}.q", packed), self._init(f"{name}.s", scales),
-            self._init(f"{name}.z", zeros),
-        ]  # fmt: skip
-        wide = columns + quantize.sum_columns(columns)
-        return self._node("MatMulNBits", inputs, [out], _MS, bits=4, K=wide, **common)
+            self._with_sums(x, columns) if four.widened else x,
+            self._init(f"{name}.q", four.values),
+            self._init(f"{name}.s", four.scales),
+        ]
+        if four.zeros is not None:
+            inputs.append(self._init(f"{name}.z", four.zeros))
+        wide = columns + (quantize.sum_columns(columns) if four.widened else 0)
+        return self._node(
+            "MatMulNBits", inputs, [out], _MS, bits=4, K=wide, N=rows, block_size=quantize.BLOCK, accuracy_level=4
+        )
+
+    def _matmul8(self, inputs: list[str], out: str, rows: int, columns: int) -> str:
+        block = quantize.int8_block(columns)
+        return self._node(
+            "MatMulNBits", inputs, [out], _MS, bits=8, K=columns, N=rows, block_size=block, accuracy_level=4
+        )
 
     def _with_sums(self, x: str, columns: int) -> str:
         """x with the sums of its blocks behind it, as `quantize.int4` needs it; made once for each x."""
@@ -109,8 +131,8 @@ class DecoderBuilder:
         return wide
 
     def _embedding(self) -> str:
-        table = self._need("token_embd.weight")
-        if self._precision == "fp32":
+        table = self._weights.need("token_embd.weight")
+        if self._weights_as.startswith("fp"):
             return self._node("Gather", [self._init("embedding", table), "input_ids"], ["embedded"])
         values, scales = quantize.int8(table)
         self._init("embedding.q", values)
@@ -122,104 +144,106 @@ class DecoderBuilder:
         )
         return self._node(
             "GatherBlockQuantized", [flat, "input_ids", "embedding.s"], ["embedded"], _MS,
-            gather_axis=0, quantize_axis=1, block_size=quantize.BLOCK, bits=8,
+            gather_axis=0, quantize_axis=1, block_size=quantize.int8_block(self._a.hidden), bits=8,
         )  # fmt: skip
 
     def _head(self, x: str) -> None:
+        """Logits of the last position, in float32."""
+        cap = self._spec.logit_softcap
+        scores = self._scores(x, "scores.half" if self._half else "uncapped" if cap else "logits")
+        if self._half:
+            scores = self._node("Cast", [scores], ["uncapped" if cap else "logits"], to=TensorProto.FLOAT)
+        if cap:
+            limit = self._init("logits.cap", np.array(cap, np.float32), exact=True)
+            bent = self._node("Tanh", [self._node("Div", [scores, limit], ["logits.scaled"])], ["logits.bent"])
+            self._node("Mul", [bent, limit], ["logits"])
+
+    def _scores(self, x: str, out: str) -> str:
         last = self._node(
             "Slice",
             [x, self._init("last", np.array([-1], np.int64)), self._init("end", np.array([2**62], np.int64)),
              self._init("one", np.array([1], np.int64))],
             ["last_hidden"],
         )  # fmt: skip
-        own = self._weight("output.weight")
+        own = self._weights.file.weight("output.weight")
         a = self._a
-        if self._precision == "fp32":
+        if self._weights_as.startswith("fp"):
             # Gemm with transB reads the (tied) table as it lies: no transposed copy on disk.
             table = "embedding" if own is None else self._init("head", own)
             flat = self._node("Reshape", [last, self._init("rows", np.array([-1, a.hidden], np.int64))], ["last_flat"])
             scores = self._node("Gemm", [flat, table], ["scores"], transB=1)
-            self._node("Unsqueeze", [scores, "one"], ["logits"])
-            return
+            return self._node("Unsqueeze", [scores, "one"], [out])
         inputs = [last, "embedding.q", "embedding.s"]
         if own is not None:
             values, scales = quantize.int8(own)
             inputs = [last, self._init("head.q", values), self._init("head.s", scales)]
-        self._node(
-            "MatMulNBits", inputs, ["logits"], _MS,
-            K=a.hidden, N=a.vocab, bits=8, block_size=quantize.BLOCK, accuracy_level=4,
-        )  # fmt: skip
-
-    def _unpermute(self, weights: Floats, heads: int) -> Floats:
-        """GGUF stores q and k rotated in pairs; GroupQueryAttention wants halves."""
-        half = self._a.head_size // 2
-        return weights.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weights.shape)
+        return self._matmul8(inputs, out, a.vocab, a.hidden)
 
     def _layer(self, index: int, x: str, residual: str) -> tuple[str, str]:
         """One block: `x` is the normalised input, `residual` the running sum; returns the next pair."""
-        a, p = self._a, f"layer{index}"
-
-        def get(name: str) -> Floats:
-            return self._need(f"blk.{index}.{name}.weight")
-
-        fused = np.concatenate(
-            [self._unpermute(get("attn_q"), a.heads), self._unpermute(get("attn_k"), a.kv_heads), get("attn_v")]
-        )
-        qkv = self._linear(x, fused, f"{p}.qkv")
-        past = [f"past_key_values.{index}.{side}" for side in ("key", "value")]
-        present = [f"present.{index}.{side}" for side in ("key", "value")]
-        attended = self._node(
-            "GroupQueryAttention",
-            [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos", "sin"],
-            [f"{p}.attended", *present], _MS,
-            num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1, rotary_interleaved=0,
-            scale=float(a.head_size**-0.5),
-        )  # fmt: skip
-        out = self._linear(attended, get("attn_output"), f"{p}.attn_output")
-        y, summed = self._skip_norm(residual, out, get("ffn_norm").ravel(), f"{p}.ffn")
-        gate = self._linear(y, get("ffn_gate"), f"{p}.ffn_gate")
-        up = self._linear(y, get("ffn_up"), f"{p}.ffn_up")
-        sigmoid = self._node("Sigmoid", [gate], [f"{p}.sigmoid"])
-        silu = self._node("Mul", [gate, sigmoid], [f"{p}.silu"])
-        product = self._node("Mul", [silu, up], [f"{p}.product"])
-        down = self._linear(product, get("ffn_down"), f"{p}.ffn_down")
-        last = index == a.layers - 1
+        p, blk, weights = f"layer{index}", f"blk.{index}", self._weights
+        attended = self._attention.layer(index, self._linear_of(x, weights.qkv(index), f"{p}.qkv"))
+        out = self._linear_of(attended, [Rows(f"{blk}.attn_output")], f"{p}.attn_output")
+        if self._spec.family.post_norms:
+            out = self._norm(out, f"{blk}.post_attention_norm", f"{p}.attn_post")
+        y, summed = self._skip_norm(residual, out, weights.need(f"{blk}.ffn_norm.weight").ravel(), f"{p}.ffn")
+        # One matrix for both: a split costs less than a second hand-out to the threads (3 to 8 % of decoding).
+        both = self._linear_of(y, [*weights.gate(index), *weights.up(index)], f"{p}.ffn_gate_up")
+        gate, up = f"{p}.ffn_gate.out", f"{p}.ffn_up.out"
+        self._node("Split", [both], [gate, up], axis=-1, num_outputs=2)
+        product = self._node("Mul", [self._activated(gate, p), up], [f"{p}.product"])
+        down = self._linear_of(product, [Rows(f"{blk}.ffn_down")], f"{p}.ffn_down")
+        if self._spec.family.post_norms:
+            down = self._norm(down, f"{blk}.post_ffw_norm", f"{p}.ffn_post")
+        last = index == self._a.layers - 1
         following = "output_norm.weight" if last else f"blk.{index + 1}.attn_norm.weight"
-        return self._skip_norm(summed, down, self._need(following).ravel(), f"{p}.next", with_sum=not last)
+        return self._skip_norm(summed, down, weights.need(following).ravel(), f"{p}.next", with_sum=not last)
+
+    def _activated(self, gate: str, p: str) -> str:
+        if self._spec.family.activation == "gelu_tanh":
+            return self._node("FastGelu", [gate], [f"{p}.gelu"], _MS)
+        sigmoid = self._node("Sigmoid", [gate], [f"{p}.sigmoid"])
+        return self._node("Mul", [gate, sigmoid], [f"{p}.silu"])
+
+    def _norm(self, x: str, tensor: str, name: str) -> str:
+        gain = self._init(f"{name}.gain", self._weights.need(f"{tensor}.weight").ravel())
+        return self._node(
+            "SimplifiedLayerNormalization", [x, gain], [f"{name}.norm"],
+            epsilon=self._spec.epsilon, axis=-1, stash_type=1,
+        )  # fmt: skip
 
     def _skip_norm(self, residual: str, x: str, gain: Floats, name: str, *, with_sum: bool = True) -> tuple[str, str]:
         outputs = [f"{name}.norm", "", "", f"{name}.sum"] if with_sum else [f"{name}.norm"]
         self._node(
             "SkipSimplifiedLayerNormalization", [residual, x, self._init(f"{name}.gain", gain)], outputs, _MS,
-            epsilon=self._epsilon,
+            epsilon=self._spec.epsilon,
         )  # fmt: skip
         return f"{name}.norm", f"{name}.sum"
 
     def _model(self) -> onnx.ModelProto:
         a = self._a
-        self._init("cos", np.cos(self._rope).astype(np.float32))
-        self._init("sin", np.sin(self._rope).astype(np.float32))
+        self._attention.prepare()
         residual = self._embedding()
-        gain = self._init("first.gain", self._need("blk.0.attn_norm.weight").ravel())
-        x = self._node(
-            "SimplifiedLayerNormalization", [residual, gain], ["first.norm"],
-            epsilon=self._epsilon, axis=-1, stash_type=1,
-        )  # fmt: skip
+        if self._spec.family.scaled_embedding:
+            root = self._init("embedding.scale", np.array(a.hidden**0.5, np.float32))
+            residual = self._node("Mul", [residual, root], ["embedding.scaled"])
+        x = self._norm(residual, "blk.0.attn_norm", "first")
         for index in range(a.layers):
             x, residual = self._layer(index, x, residual)
         self._head(x)
         cache = ["batch", a.kv_heads, "max_length", a.head_size]
         sides = [f"{layer}.{side}" for layer in range(a.layers) for side in ("key", "value")]
         value_info = helper.make_tensor_value_info
+        kind = TensorProto.FLOAT16 if self._half else TensorProto.FLOAT
         inputs = [
             value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
             value_info("seqlens_k", TensorProto.INT32, ["batch"]),
             value_info("total_sequence_length", TensorProto.INT32, []),
-            *(value_info(f"past_key_values.{side}", TensorProto.FLOAT, cache) for side in sides),
+            *(value_info(f"past_key_values.{side}", kind, cache) for side in sides),
         ]
         outputs = [
             value_info("logits", TensorProto.FLOAT, ["batch", 1, a.vocab]),
-            *(value_info(f"present.{side}", TensorProto.FLOAT, cache) for side in sides),
+            *(value_info(f"present.{side}", kind, cache) for side in sides),
         ]
         graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, self._inits)
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid(_MS, 1)]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from shared.errors import ChecksumMismatch, SourceUnavailable, UnsupportedModel
-from shared.models import embedder_import, gguf_import, onnx_dir, sources
+from shared.errors import ChecksumMismatch, NeedsExport, SourceUnavailable, UnsupportedModel
+from shared.models import checkpoint_import, embedder_import, gguf_import, lora, onnx_dir, sources
+from shared.models.files import sha256_of, weights_file
 from shared.models.fleet import FleetFile
 from shared.models.manifest import Manifest
 from shared.models.store import ModelStore
 
+ADAPTER = "lora"
+"""The one variant of an adapter."""
 KEPT_SOURCE = "source.gguf"
 """The GGUF stays in the model's folder, so that a further variant needs no download."""
 
@@ -49,10 +53,12 @@ class Wanted:
     variants: tuple[str, ...]
     sha256: str = ""
     embedder: bool = False
+    base: str = ""
+    """Of an adapter, the model in the store that it is for."""
 
 
 def wanted_by(fleet: FleetFile) -> list[Wanted]:
-    """What a fleet needs: its embedding model, and each model in the variants that cards use."""
+    """What a fleet needs: its embedding model, each model in the variants that cards use, and then their adapters."""
     used = {(card.model, card.variant) for card in fleet.cards}
     e = fleet.embedder
     result = [Wanted(e.name, e.source, e.licence, (e.variant,), e.sha256, embedder=True)]
@@ -60,6 +66,12 @@ def wanted_by(fleet: FleetFile) -> list[Wanted]:
         variants = tuple(v for v in model.variants if (model.name, v) in used)
         if variants:
             result.append(Wanted(model.name, model.source, model.licence, variants, model.sha256))
+    named = {card.adapter for card in fleet.cards}
+    result += [
+        Wanted(a.name, a.source, a.licence, (ADAPTER,), a.sha256, base=a.model)
+        for a in fleet.adapters
+        if a.name in named
+    ]
     return result
 
 
@@ -82,12 +94,24 @@ def _complete(wanted: Wanted, stored: Manifest | None) -> bool:
     return stored is not None and all(stored.variant(name) for name in wanted.variants)
 
 
-def pull(wanted: Wanted, store: ModelStore, progress: Progress, *, hub: str = "", token: str = "") -> Manifest:
+Importer = Callable[["Wanted", Path, Path, Manifest | None, Progress], Manifest]
+"""Makes variants of a model: what is wanted, its local source, the folder to write into, what the store has of it."""
+
+
+def pull(
+    wanted: Wanted,
+    store: ModelStore,
+    progress: Progress,
+    *,
+    hub: str = "",
+    token: str = "",
+    importer: Importer | None = None,
+) -> Manifest:
     """Bring a model into the store; what is there already stays, and only missing variants are made. A model of the
-    same name from another source is replaced.
+    same name from another source is replaced. `importer` makes the variants instead of the one that fits the source.
 
     Raises:
-        SourceUnavailable, ChecksumMismatch, UnsupportedModel: see `sources.fetch` and the importers.
+        SourceUnavailable, NoSpace, ChecksumMismatch, UnsupportedModel: see `sources.fetch` and the importers.
         NotReady: another process has been changing the store for too long.
     """
     # Named for the source and kept when fetching fails, so that the next pull goes on with what arrived.
@@ -102,13 +126,19 @@ def pull(wanted: Wanted, store: ModelStore, progress: Progress, *, hub: str = ""
                 source = _source(wanted, store, existing, work, progress, hub, token)
                 if existing is not None:
                     _take_over(store.path(wanted.name), folder, existing)
-                manifest = _import(wanted, source, folder, existing, progress)
+                if wanted.base:
+                    base = store.get(wanted.base)
+                    manifest = import_adapter(wanted, source, folder, base)
+                else:
+                    manifest = (importer or _import)(wanted, source, folder, existing, progress)
                 _keep_source(wanted, source, folder)
                 published = store.publish(folder, manifest)
         except OSError as error:
             raise SourceUnavailable(
                 f"{wanted.name} could not be made: {error}.", f"See to space and permissions in {store.root}."
             ) from error
+        except NeedsExport:
+            raise  # the download stays: `calm models export` goes on with it
         except (UnsupportedModel, ChecksumMismatch):
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -144,6 +174,8 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
             variants=wanted.variants, existing=existing, on_variant=on_variant,
         )  # fmt: skip
     if source.is_dir():
+        if is_checkpoint(source):
+            return _import_checkpoint(wanted, source, folder, existing, on_variant)
         if len(wanted.variants) > 1:
             raise UnsupportedModel(
                 f"{wanted.source} is a ready ONNX folder, which is one variant, and not {', '.join(wanted.variants)}.",
@@ -154,11 +186,50 @@ def _import(wanted: Wanted, source: Path, folder: Path, existing: Manifest | Non
             variant=wanted.variants[0], existing=existing,
         )  # fmt: skip
     if source.suffix.lower() != ".gguf":
-        raise UnsupportedModel(f"{source.name} is neither a GGUF file nor an ONNX folder.", "Give one of these.")
+        raise UnsupportedModel(f"{source.name} is neither a GGUF file nor a folder.", "Give one of these.")
     return gguf_import.import_gguf(
         source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
         variants=wanted.variants, existing=existing, on_variant=on_variant,
     )  # fmt: skip
+
+
+def import_adapter(wanted: Wanted, source: Path, folder: Path, base: Manifest) -> Manifest:
+    """Write an adapter for the model `base` into `folder`; its manifest.
+
+    Raises:
+        UnsupportedModel: it is none, or not for this model.
+    """
+    target = folder / ADAPTER
+    target.mkdir()
+    lora.write(lora.read_adapter(source, base.architecture), target / lora.FILE)
+    return Manifest(
+        name=wanted.name, kind="adapter", base=base.name, source=wanted.source,
+        source_sha256=sha256_of(weights_file(source)), licence=wanted.licence, created_at=time.time(),
+        architecture=base.architecture, variants=[gguf_import.describe_variant(ADAPTER, target, "lora")],
+    )  # fmt: skip
+
+
+def _import_checkpoint(
+    wanted: Wanted, source: Path, folder: Path, existing: Manifest | None, on_variant: Callable[[str], None]
+) -> Manifest:
+    try:
+        return checkpoint_import.import_checkpoint(
+            source, folder, name=wanted.name, licence=wanted.licence, source=wanted.source,
+            variants=wanted.variants, existing=existing, on_variant=on_variant,
+        )  # fmt: skip
+    except NeedsExport as error:
+        raise NeedsExport(
+            f"{wanted.source} has weights (safetensors) and no ONNX graph, and none can be built for it here:"
+            f" {error.message}",
+            f'Make one: pip install "calm-fleet[export]", then `calm models export {wanted.source}'
+            f" --name {wanted.name}`. A GGUF or ONNX build of the same model needs no export.",
+        ) from None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds weights as safetensors and no graph."""
+    graphs = any((path / graph).is_file() for graph in (*onnx_dir.GRAPHS, "genai_config.json"))
+    return not graphs and any(path.glob("*.safetensors"))
 
 
 def _take_over(present: Path, folder: Path, existing: Manifest) -> None:

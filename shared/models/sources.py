@@ -137,9 +137,13 @@ def _from_hub(source: str, work: Path, progress: Progress, hub: Hub) -> Path:
 
 
 def select(files: Collection[str], wanted: str) -> list[str]:
-    """The files to fetch of a repository: `wanted` (a file, or all of a folder); without it the one model that there
-    is (an ONNX graph with its data, safetensors or a single GGUF) and the texts that describe it. Empty for none."""
+    """The files to fetch of a repository: `wanted` (a file, all parts of a split GGUF, or all of a folder); without it
+    the one model that there is (an ONNX graph with its data, safetensors, an adapter or a single GGUF) and the texts
+    that describe it. Empty for none."""
     if wanted:
+        part = re.fullmatch(r"(.+)-\d{5}(-of-\d{5}\.gguf)", wanted)
+        if part is not None:
+            return [n for n in files if re.fullmatch(rf"{re.escape(part[1])}-\d{{5}}{re.escape(part[2])}", n)]
         return [n for n in files if n == wanted or n.startswith(f"{wanted}/")]
     texts = [n for n in files if n.endswith(_TEXT)]
     graph = next((g for g in GRAPHS if g in files), None)
@@ -148,5 +152,10 @@ def select(files: Collection[str], wanted: str) -> list[str]:
         return [graph, *data, *texts]
     if "model.safetensors" in files:
         return ["model.safetensors", *texts]
+    shards = [n for n in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
+    if shards and "model.safetensors.index.json" in files:
+        return [*shards, *texts]
+    if "adapter_model.safetensors" in files:
+        return ["adapter_model.safetensors", *texts]
     weights = [n for n in files if n.endswith(".gguf")]
     return weights if len(weights) == 1 else []

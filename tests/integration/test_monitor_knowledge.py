@@ -63,6 +63,15 @@ async def test_a_query_is_known_from_acceptance_to_feedback(bus: Bus, monitor: R
     assert [(a.artifact, a.device_class) for a in qos.artifacts] == [("small-int8", "cpu-2t")]
 
 
+async def test_the_energy_ledger_is_kept_and_answered(bus: Bus, monitor: Running) -> None:
+    """What a worker reports is asked for as `energy`; a later report of the same start takes its place."""
+    for total_j in (5.0, 8.0):
+        report = m.EnergyReport(worker="w1", source="nvml", started_at=1.0, at=time.time(), total_j=total_j, idle_j=3.0)
+        await bus.nc.publish(subjects.energy("w1"), codec.pack(report))
+    found = await knows(bus, "energy", m.EnergyReports, lambda r: [w.total_j for w in r.workers] == [8.0])
+    assert (found.workers[0].worker, found.workers[0].source, found.workers[0].idle_j) == ("w1", "nvml", 3.0)
+
+
 async def test_feedback_may_follow_the_answer_at_once(bus: Bus, monitor: Running) -> None:
     """Feedback for a query whose end is not recorded yet is accepted, for the broker knows the end."""
     await bus.claim(done("quick"))

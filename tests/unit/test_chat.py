@@ -34,7 +34,7 @@ def test_a_template_of_the_usual_kind() -> None:
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% break %}{% endif %}{% endfor %}", "a<b>"),
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "a<b>!"),
         ("{{ strftime_now('%%') }}", "%"),
-        ("{{ messages[0].content.strip() | length }}{{ tools is defined }}", "4False"),
+        ("{{ messages[0].content.strip() | length }}{{ tools is none }}", "4True"),
     ],
 )
 def test_what_templates_rely_on(template: str, expected: str) -> None:

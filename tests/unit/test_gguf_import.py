@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from gguf import TokenType
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from shared.errors import UnsupportedModel
-from shared.models import gguf_tokenizer, quantize
+from shared.models import gguf_tokenizer
 from shared.models.gguf_import import GgufModel, import_gguf
 from shared.models.manifest import Manifest
 from tests import tiny
+from tests.decoder import Decoder
 
 Floats = NDArray[np.float32]
 IDS = [1, 40, 7, 122, 280, 33, 91, 12, 250, 5]
@@ -25,42 +25,6 @@ IDS = [1, 40, 7, 122, 280, 33, 91, 12, 250, 5]
 
 def convert(source: Path, folder: Path, *variants: str) -> Manifest:
     return import_gguf(source, folder, name="tiny", licence="", source="here", variants=variants)
-
-
-class Decoder:
-    """A converted graph over a KV cache bound in place, as the engine uses it."""
-
-    def __init__(self, file: Path, manifest: Manifest, rows: int = 1, length: int = 64) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        a = manifest.architecture
-        self._vocab = a.vocab
-        self._caches = {
-            f"{layer}.{side}": np.zeros((rows, a.kv_heads, length, a.head_size), np.float32)
-            for layer in range(a.layers)
-            for side in ("key", "value")
-        }
-
-    def step(self, ids: list[list[int]], before: list[int]) -> Floats:
-        """Logits [batch, vocab] after `ids` [batch, seq] behind `before` [batch] tokens."""
-        tokens, past = np.array(ids, np.int64), np.array(before, np.int32)
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": tokens,
-            "seqlens_k": (past + tokens.shape[1] - 1).astype(np.int32),
-            "total_sequence_length": np.array(past.max() + tokens.shape[1], np.int32),
-        }
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
-        for side, cache in self._caches.items():
-            where = ("cpu", 0, np.float32, list(cache.shape), cache.ctypes.data)
-            binding.bind_input(f"past_key_values.{side}", *where)
-            binding.bind_output(f"present.{side}", *where)
-        logits = np.full((len(ids), 1, self._vocab), np.nan, np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, list(logits.shape), logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        return logits[:, 0]
 
 
 def reference(source: Path, ids: list[int]) -> Floats:
@@ -192,49 +156,6 @@ def test_converting_again_replaces_what_is_there(tmp_path: Path) -> None:
     assert first == second
 
 
-def unpack(nibbles: NDArray[np.uint8], count: int) -> Floats:
-    """Two values to a byte, low half first, along the last dimension."""
-    both = np.stack([nibbles & 15, nibbles >> 4], -1)
-    return both.reshape(*nibbles.shape[:-1], -1)[..., :count].astype(np.float32)
-
-
-def restored(weights: Floats) -> Floats:
-    """What `weights` are after `quantize.int4`, its further columns spread over the blocks they belong to."""
-    rows, columns = weights.shape
-    packed, scales, zeros = quantize.int4(weights)
-    wide = columns + quantize.sum_columns(columns)
-    blocks = wide // quantize.BLOCK
-    assert (packed.shape, scales.shape, zeros.shape) == ((rows, blocks, 16), (rows, blocks), (rows, -(-blocks // 2)))
-    values = (unpack(packed, 32) - unpack(zeros, blocks)[..., None]) * scales[..., None]
-    flat = values.reshape(rows, wide)
-    return np.asarray(flat[:, :columns] + flat[:, columns:] @ quantize.block_sums(columns).T)
-
-
-def test_int4_keeps_what_lies_on_its_grid() -> None:
-    """Blocks of 16 evenly spaced values come back as they were, whatever fraction of a step they are shifted by,
-    and blocks of zeros too."""
-    random = np.random.default_rng(1)
-    values = random.integers(0, 16, (6, 3, 32))
-    values[..., 0], values[..., 1] = 0, 15
-    scales = random.uniform(0.01, 0.1, (6, 3, 1))
-    shifts = random.uniform(0, 15, (6, 3, 1))
-    weights = ((values - shifts) * scales).astype(np.float32).reshape(6, 96)
-    weights[5] = 0
-    np.testing.assert_allclose(restored(weights), weights, atol=0.1 / 25)  # a 25th of the widest step
-    whole = ((values - np.rint(shifts)) * scales).astype(np.float32).reshape(6, 96)
-    np.testing.assert_allclose(restored(whole), whole, atol=1e-5)
-
-
-def test_int4_errs_less_than_its_range_allows() -> None:
-    """On weights spread like a model's, the error is below that of rounding to a grid over the range."""
-    weights = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
-    blocks = weights.reshape(64, 8, 32)
-    low = blocks.min(-1, keepdims=True)
-    step = (blocks.max(-1, keepdims=True) - low) / 15
-    plain = (np.rint((blocks - low) / step) * step + low).reshape(64, 256)
-    assert ((restored(weights) - weights) ** 2).mean() < 0.95 * ((plain - weights) ** 2).mean()
-
-
 def test_manifest_describes_the_model(tmp_path: Path) -> None:
     """Architecture, licence, stop tokens and template come from the file itself."""
     source = tiny.write_tiny_gguf(tmp_path / "tiny.gguf")
@@ -290,13 +211,14 @@ def test_sentencepiece_tokenizer_merges_by_score() -> None:
         ({"fields": {"general.architecture": "mamba"}}, "mamba"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "yarn"),
         ({"fields": {"llama.expert_count": 8}}, "experts"),
-        ({"fields": {"llama.attention.sliding_window": 128}}, "Sliding"),
+        ({"fields": {"llama.rope.scaling.type": "longrope"}}, "longrope"),
+        ({"fields": {"llama.logit_scale": 0.5}}, "llama.logit_scale"),
         ({"fields": {"llama.attention.head_count_kv": [2, 1]}}, "KV heads"),
         ({"fields": {"llama.rope.dimension_count": 8}}, "Partial rotation"),
         ({"fields": {"llama.block_count": None}}, "llama.block_count"),
-        ({"fields": {"tokenizer.ggml.pre": "qwen2"}}, "qwen2"),
+        ({"fields": {"tokenizer.ggml.pre": "chatglm-bpe"}}, "chatglm-bpe"),
         ({"fields": {"tokenizer.ggml.model": "bert"}}, "bert"),
-        ({"tensors": {"blk.1.attn_k.bias": np.ones(32, np.float32)}}, "blk.1.attn_k.bias"),
+        ({"tensors": {"blk.1.attn_sinks.weight": np.ones(4, np.float32)}}, "blk.1.attn_sinks"),
         ({"tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "blk.0.attn_q_norm.weight"),
         ({"without": ("blk.1.ffn_up.weight",)}, "blk.1.ffn_up.weight"),
         ({"feed_forward": 48}, "48"),
@@ -323,5 +245,5 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 def test_unknown_variants_are_refused(tmp_path: Path) -> None:
     """A variant that does not exist is answered with those that do."""
     source = tiny.write_tiny_gguf(tmp_path / "tiny.gguf")
-    with pytest.raises(UnsupportedModel, match="fp32, int8, int4"):
+    with pytest.raises(UnsupportedModel, match="fp32, fp16, int8, int4"):
         convert(source, tmp_path / "out", "int3")

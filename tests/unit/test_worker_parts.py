@@ -1,4 +1,4 @@
-"""The worker's pure parts: memory ledger, timings, device probe, schedule of rows."""
+"""The worker's pure parts: memory ledger, timings, device probe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.workers import device, timings
-from services.workers.engine.schedule import Schedule
 from services.workers.ledger import Ledger
 from shared.errors import DeviceUnavailable, NoMemory
 from shared.settings import Settings
@@ -73,36 +72,3 @@ def test_cuda_asked_for_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch
         device.probe(Settings(device="tpu"))
     found = device.probe(Settings(device="auto", threads=3))
     assert (found.kind, found.threads, found.device_class) == ("cpu", 3, "cpu-3t")
-
-
-steps = st.lists(st.tuples(st.sampled_from(["add", "prefill", "done", "remove"]), st.integers(0, 9)), max_size=60)
-
-
-@given(steps, st.booleans())
-def test_rows_stay_consistent_under_any_schedule(actions: list[tuple[str, int]], compact: bool) -> None:
-    """Each sequence holds one row; compact rows have no holes; moves are between live rows and free ones."""
-    schedule = Schedule(3, compact=compact)
-    present: list[str] = []
-    number = 0
-    for kind, pick in actions:
-        if kind == "add" and schedule.free > 0:
-            number += 1
-            present.append(f"s{number}")
-            schedule.add(present[-1])
-        elif kind == "prefill":
-            sequence = schedule.next_prefill()
-            if sequence is not None:
-                schedule.lengths[sequence] += 1
-        elif kind == "done" and schedule.prefilling is not None:
-            schedule.prefilled(schedule.prefilling)
-        elif kind == "remove" and present:
-            sequence = present.pop(pick % len(present))
-            for move in schedule.remove(sequence):
-                assert compact
-                assert schedule.rows[move.source] is None or move.source != move.target
-        held = [s for s in schedule.rows if s is not None]
-        assert len(held) == len(set(held))
-        assert set(held) | set(schedule.waiting) == set(present)
-        if compact:
-            assert schedule.rows[: len(schedule.decoding)] == schedule.decoding
-            assert schedule.span == len(schedule.decoding)

@@ -40,6 +40,7 @@ def work(planned: m.Planned, cards: Mapping[str, m.Card], rank: int, attempt: in
         rank=rank,
         card=card.name,
         artifact=card.artifact.name,
+        adapter=card.adapter,
         messages=conversation(accepted.query, card),
         sampling=sampling(accepted.query, card),
         planned=planned,

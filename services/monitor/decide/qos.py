@@ -119,7 +119,7 @@ def _run(done: m.Done, answer: m.Answer) -> _Run:
         share = _ratio(timings.prefill_s, timings.prefill_s + timings.decode_s)
         in_j, out_j = joules * share, joules * (1.0 - share)
     return _Run(
-        tokens_in=answer.usage.tokens_in,
+        tokens_in=answer.usage.tokens_in - answer.usage.tokens_cached,  # rates are those of tokens that were read
         tokens_out=answer.usage.tokens_out,
         prefill_s=timings.prefill_s,
         decode_s=timings.decode_s,

@@ -1,7 +1,7 @@
 """Continuous batching: sequences join and leave between steps, and long prompts are read in pieces.
 
-One `step` reads at most one piece of one prompt and gives every running sequence one token, so that a long prompt
-never stalls running streams for longer than a piece. Synchronous and deterministic; the caller owns the thread.
+One `step` reads prompts for as long as `Pace` allows beside those that decode, and gives every running sequence one
+token, so that a long prompt never stalls running streams. Synchronous; the caller owns the thread.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Literal
 import numpy as np
 
 from services.workers.engine import sampling
-from services.workers.engine.energy import Meter
+from services.workers.engine.energy import AttributedMeter, Meter
+from services.workers.engine.gate import Gate, Open
+from services.workers.engine.lora import APART, Choice, Stack
+from services.workers.engine.pace import Pace
 from services.workers.engine.runner import Logits, Runner
-from services.workers.engine.schedule import Schedule
+from services.workers.engine.schedule import Move, Schedule
 from services.workers.engine.text import Growing, Text
 from shared.errors import CalmError, ContextExceeded, DeadlineExpired
 from shared.messages import ChatMessage, Sampling
 
-PREFILL_CHUNK = 256
-"""Prompt tokens read in one step."""
+PREFILL_CHUNK = 512
+"""Most prompt tokens read in one piece."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Request:
     sampling: Sampling
     deadline_at: float | None = None
     prompt: list[int] | None = None
+    urgent: bool = True
+    """Read before those that are not."""
+    adapter: str = ""
+    """LoRA adapter over the model; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Finished:
     energy_in_j: float
     energy_out_j: float
     tokens: tuple[int, ...] = ()
+    tokens_cached: int = 0
+    """Of `tokens_in`, those that lay in the KV cache already and were not read."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class _Sequence:
     limit: int
     growing: Growing
     source: np.random.Generator
+    adapter: int = 0
+    tokens_cached: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -107,16 +118,28 @@ class Batcher:
         context: int,
         meter: Meter,
         clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.perf_counter,
         prefill_chunk: int = PREFILL_CHUNK,
+        schedule: Schedule | None = None,
+        gate: Gate | None = None,
+        adapters: Choice | None = None,
     ) -> None:
+        """`clock` gives Unix seconds, `timer` measures steps; `schedule` is made for `slots` when left out."""
         self._runner = runner
         self._text = text
         self._context = context
         self._meter = meter
         self._clock = clock
-        self._chunk = prefill_chunk
-        self._schedule = Schedule(slots, compact=runner.compact)
+        self._timer = timer
+        self._pace = Pace(prefill_chunk)
+        self._schedule = schedule or Schedule(slots, compact=runner.compact)
+        gate = gate or Open()
+        self._gate = meter.gated(gate) if isinstance(meter, AttributedMeter) else gate
+        self._adapters = adapters or Stack()
+        self._chooser = sampling.Chooser(runner.vocab)
         self._sequences: dict[str, _Sequence] = {}
+        self._deadlines: dict[str, float] = {}
+        self._counted_j = 0.0
 
     @property
     def active(self) -> int:
@@ -132,7 +155,9 @@ class Batcher:
 
         Raises:
             ContextExceeded: its prompt does not fit the context and leave room for an answer.
+            ModelMissing: it asks for an adapter that is not held here.
         """
+        adapter = self._adapters.number(request.adapter)
         prompt = self._text.prompt(request.messages) if request.prompt is None else request.prompt
         if len(prompt) >= self._context:
             raise ContextExceeded(
@@ -142,9 +167,13 @@ class Batcher:
         limit = min(request.sampling.max_tokens, self._context - len(prompt))
         self._sequences[request.id] = _Sequence(
             request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop),
-            sampling.generator(request.sampling.seed),
+            sampling.generator(request.sampling.seed), adapter,
         )  # fmt: skip
-        self._schedule.add(request.id)
+        if request.deadline_at is not None:
+            self._deadlines[request.id] = request.deadline_at
+        self._schedule.add(
+            request.id, _keys(prompt, adapter), reserve=len(prompt) + limit, urgent=request.urgent, now_s=self._clock()
+        )
 
     def cancel(self, sequence: str) -> bool:
         """Stop a sequence and free its row; False when it is not here."""
@@ -158,32 +187,28 @@ class Batcher:
         ids = list(self._sequences)
         for sequence in ids:
             self._remove(sequence)
+        self._apply(self._schedule.forget())  # what a failed step left there is not to be trusted
         return ids
 
     def step(self) -> list[Event]:
-        """Advance by one prompt piece and one token per running sequence; empty when there is nothing to do."""
+        """Read prompts for a while and advance each running sequence by a token; empty when nothing is to do."""
         events: list[Event] = [*self._expire()]
-        before_j = self._meter.read_j()
-        prefilling = self._schedule.next_prefill()
-        if prefilling is not None:
-            events += self._prefill(prefilling)
-            after_j = self._meter.read_j()
-            if prefilling in self._sequences:
-                self._sequences[prefilling].energy_in_j += after_j - before_j
-            before_j = after_j
-        running = self._schedule.decoding
-        ready = [s for s in running if s != prefilling]
-        if ready:
-            events += self._decode(before_j)
+        if not self._sequences:
+            return events
+        with self._gate:
+            self._counted_j = self._meter.read_j()
+            events += self._read()
+            if self._schedule.span:
+                events += self._decode()
         return events
 
     # --- inside ---
 
     def _expire(self) -> list[Event]:
+        if not self._deadlines:
+            return []
         now = self._clock()
-        late = [
-            s for s, q in self._sequences.items() if q.request.deadline_at is not None and now >= q.request.deadline_at
-        ]
+        late = [sequence for sequence, at in self._deadlines.items() if now >= at]
         for sequence in late:
             self._remove(sequence)
         error = DeadlineExpired(
@@ -192,58 +217,89 @@ class Batcher:
         )
         return [Failed(sequence, error) for sequence in late]
 
+    def _apply(self, moves: list[Move]) -> None:
+        for move in moves:
+            self._runner.apply(move)
+
     def _remove(self, sequence: str) -> None:
-        rows = self._schedule.rows
-        if sequence in rows:
-            self._runner.free(rows.index(sequence))
-        for move in self._schedule.remove(sequence):
-            self._runner.move(move.source, move.target, move.length)
+        self._apply(self._schedule.remove(sequence))
+        self._deadlines.pop(sequence, None)
         del self._sequences[sequence]
 
-    def _prefill(self, sequence: str) -> list[Event]:
+    def _charge_j(self) -> float:
+        """Joules since the last call, or since the step began: each is charged once."""
+        before_j, self._counted_j = self._counted_j, self._meter.read_j()
+        return self._counted_j - before_j
+
+    def _read(self) -> list[Event]:
+        """Read pieces of prompts, of several when they are short, within the time that `Pace` allows."""
+        events: list[Event] = []
+        left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
+        while True:
+            sequence, moves = self._schedule.next_prefill(self._clock())
+            if sequence is None:
+                return events
+            began = self._timer()
+            self._apply(moves)
+            events += self._read_piece(sequence, self._pace.chunk(left_s))
+            left_s -= self._timer() - began
+            if left_s <= 0:
+                return events
+
+    def _read_piece(self, sequence: str, most: int) -> list[Event]:
         state, schedule = self._sequences[sequence], self._schedule
-        start = schedule.lengths[sequence]
-        if start == 0:
+        held = schedule.tokens(sequence)
+        if not state.admitted_at:
             state.admitted_at = self._clock()
-        piece = state.prompt[start : start + self._chunk]
+            state.tokens_cached = schedule.reused[sequence]
+        start = len(held)
+        piece = state.prompt[start : start + most]
+        self._adapters.select([state.adapter])
+        began = self._timer()
         logits = self._runner.prefill(schedule.row_of(sequence), piece, start)
-        schedule.lengths[sequence] = start + len(piece)
-        if schedule.lengths[sequence] < len(state.prompt):
+        self._pace.has_read(len(piece), self._timer() - began)
+        held += _keys(piece, state.adapter)
+        state.energy_in_j += self._charge_j()
+        if len(held) < len(state.prompt):
             return []
-        schedule.prefilled(sequence)
+        self._apply(schedule.prefilled(sequence))
         return self._take(np.asarray(logits)[None], [sequence])
 
-    def _decode(self, before_j: float) -> list[Event]:
-        schedule, span = self._schedule, self._schedule.span
-        tokens, lengths = [0] * span, [0] * span
-        rows: list[int] = []
-        running: list[str] = []
-        for row in range(span):
-            sequence = schedule.rows[row]
-            if sequence is None:
-                continue
-            lengths[row] = schedule.lengths[sequence]
-            if sequence != schedule.prefilling:
-                tokens[row] = self._sequences[sequence].tokens[-1]
-                rows.append(row)
-                running.append(sequence)
+    def _decode(self) -> list[Event]:
+        schedule = self._schedule
+        began = self._timer()
+        tokens, lengths, adapters = [], [], []
+        decoding: list[tuple[int, str]] = []
+        for index, row in enumerate(schedule.rows[: schedule.span]):
+            if row.owner is None or row.reading:  # what is written behind its tokens is never read
+                del row.tokens[self._context - 1 :]
+                tokens.append(0)
+                adapters.append(0)
+            else:
+                decoding.append((index, row.owner))
+                tokens.append(self._sequences[row.owner].tokens[-1])
+                adapters.append(self._sequences[row.owner].adapter)
+            lengths.append(len(row.tokens))
+        self._adapters.select(adapters)
         logits = self._runner.decode(tokens, lengths)
-        for sequence in running:
-            schedule.lengths[sequence] += 1
-            self._sequences[sequence].batch_sum += len(running)
-            self._sequences[sequence].steps += 1
-        share = (self._meter.read_j() - before_j) / len(running)
-        for sequence in running:
-            self._sequences[sequence].energy_out_j += share
-        return self._take(logits if len(rows) == span else logits[rows], running)
+        self._pace.has_decoded(len(decoding), self._timer() - began)
+        share = self._charge_j() / len(decoding)
+        for index, sequence in decoding:
+            schedule.rows[index].tokens.append(tokens[index] + APART * adapters[index])
+            state = self._sequences[sequence]
+            state.batch_sum += len(decoding)
+            state.steps += 1
+            state.energy_out_j += share
+        rows = [index for index, _ in decoding]
+        return self._take(logits if len(rows) == len(tokens) else logits[rows], [s for _, s in decoding])
 
     def _take(self, logits: Logits, running: list[str]) -> list[Event]:
         """Choose a token for each row of `logits` [n, vocab], and say what came of it."""
-        states = [self._sequences[s] for s in running]
-        choices = sampling.choose(logits, [s.request.sampling for s in states], [s.source for s in states])
         now = self._clock()
         events: list[Event] = []
-        for sequence, state, choice in zip(running, states, choices, strict=True):
+        for row, sequence in enumerate(running):
+            state = self._sequences[sequence]
+            choice = self._chooser.choose(logits[row], state.request.sampling, state.source)
             first = not state.tokens
             state.tokens.append(choice.token)
             state.logprobs.append(choice.logprob)
@@ -287,4 +343,10 @@ class Batcher:
             energy_in_j=state.energy_in_j,
             energy_out_j=state.energy_out_j,
             tokens=tuple(state.tokens),
+            tokens_cached=state.tokens_cached,
         )
+
+
+def _keys(tokens: list[int], adapter: int) -> list[int]:
+    """What the schedule compares prefixes by: the same token under another adapter is another."""
+    return [token + APART * adapter for token in tokens] if adapter else tokens

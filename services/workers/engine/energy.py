@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
 
+from services.workers.energy_split import Follower
+from services.workers.engine.gate import Gate
 from shared.messages import Device
 
 Source = Literal["nvml", "rapl", "model"]
@@ -22,21 +27,35 @@ class Meter(Protocol):
 class NvmlMeter:
     """The GPU's own total energy counter (Volta and later); updated by the driver some ten times a second.
 
-    It counts the whole device: engines that share a device each see the other's work too.
+    It counts the whole device, whoever uses it: the worker's supervisor owns it, and divides it among its engines.
     """
 
     source: Source = "nvml"
 
-    def __init__(self, index: int) -> None:
-        import pynvml  # noqa: PLC0415 only on machines with a GPU
+    def __init__(self, index: int, nvml: Any = None, visible: str | None = None) -> None:
+        """`index` as CUDA counts, of the devices in `visible` (the value of CUDA_VISIBLE_DEVICES). `nvml` stands in
+        for the module pynvml.
 
-        pynvml.nvmlInit()
-        self._read = pynvml.nvmlDeviceGetTotalEnergyConsumption
-        self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        self.read_j()  # raises where the counter is not supported
+        Raises whatever NVML does where there is no such device, or no counter (before Volta; a MIG slice).
+        """
+        if nvml is None:
+            import pynvml  # noqa: PLC0415 only on machines with a GPU
+
+            nvml = pynvml
+        nvml.nvmlInit()
+        self._read = nvml.nvmlDeviceGetTotalEnergyConsumption
+        self._handle = handle_of(nvml, index, visible)
+        self.read_j()
 
     def read_j(self) -> float:
         return float(self._read(self._handle)) / 1000.0
+
+
+def handle_of(nvml: Any, index: int, visible: str | None) -> Any:
+    """NVML's handle of the device that CUDA calls `index`: NVML counts all devices of the machine, CUDA those listed
+    in CUDA_VISIBLE_DEVICES, by number or UUID. Raises IndexError when fewer are listed."""
+    which = str(index) if visible is None else [v.strip() for v in visible.split(",") if v.strip()][index]
+    return nvml.nvmlDeviceGetHandleByIndex(int(which)) if which.isdigit() else nvml.nvmlDeviceGetHandleByUUID(which)
 
 
 class RaplMeter:
@@ -64,28 +83,120 @@ class RaplMeter:
 
 
 class ModelMeter:
-    """Stated powers in place of a counter: busy core seconds of this process, and its share of an idle host.
+    """Stated powers in place of a counter: busy core seconds, and a share of an idle host.
 
     An estimate, marked as one wherever it appears.
     """
 
     source: Source = "model"
 
-    def __init__(self, power_idle_w: float, power_core_w: float, idle_share: float) -> None:
+    def __init__(
+        self,
+        power_idle_w: float,
+        power_core_w: float,
+        idle_share: float = 1.0,
+        core_s: Callable[[], float] = time.process_time,
+    ) -> None:
+        """`core_s`: busy core seconds so far, of all processes that are meant; this one's when not given."""
         self._idle_w = power_idle_w * idle_share
         self._core_w = power_core_w
+        self._core_s = core_s
         self._start = time.monotonic()
 
     def read_j(self) -> float:
-        return time.process_time() * self._core_w + (time.monotonic() - self._start) * self._idle_w
+        return self._core_s() * self._core_w + (time.monotonic() - self._start) * self._idle_w
 
 
-def choose_meter(device: Device, power_idle_w: float, power_core_w: float, idle_share: float = 1.0) -> Meter:
+def choose_meter(
+    device: Device,
+    power_idle_w: float,
+    power_core_w: float,
+    idle_share: float = 1.0,
+    *,
+    core_s: Callable[[], float] = time.process_time,
+    nvml: Any = None,
+    visible: str | None = None,
+) -> Meter:
     """The best meter that works here: NVML on a GPU, RAPL on a CPU where it may be read, else the model."""
     try:
-        return NvmlMeter(device.index) if device.kind == "cuda" else RaplMeter()
+        return NvmlMeter(device.index, nvml, visible) if device.kind == "cuda" else RaplMeter()
     except Exception:  # noqa: BLE001 pynvml raises its own kinds; whatever the cause, the model is left
-        return ModelMeter(power_idle_w, power_core_w, idle_share)
+        return ModelMeter(power_idle_w, power_core_w, idle_share, core_s)
+
+
+class AttributedMeter:
+    """An engine's part of its device's energy, as the supervisor attributes it; what the engine's queries share.
+
+    It runs while the engine computes (`begin`, `end`; `gated` does it), which is when the engine thread calls `read_j`;
+    settlements come from another thread. Between them it runs on by `Follower`.
+    """
+
+    def __init__(self, source: Source, power_w: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.source: Source = source
+        self._follower = Follower(power_w)
+        self._clock = clock
+        self._since: float | None = None
+        self._lock = threading.Lock()
+
+    def gated(self, gate: Gate) -> Gate:
+        """A gate that runs this meter while it is held: waiting for a turn at the device is not work."""
+        return _Gated(gate, self)
+
+    def begin(self) -> None:
+        """A step begins: from now on time is busy."""
+        with self._lock:
+            self._since = self._clock()
+
+    def end(self) -> None:
+        """The step has ended."""
+        with self._lock:
+            self._run_on()
+            self._since = None
+
+    def read_j(self) -> float:
+        with self._lock:
+            return self._run_on()
+
+    def settle(self, joules: float, busy_s: float) -> None:
+        """Take the supervisor's figure: `joules` in all, up to the `busy_s`-th busy second."""
+        with self._lock:
+            self._run_on()
+            self._follower.settle(joules, busy_s)
+
+    @property
+    def busy_s(self) -> float:
+        """Busy seconds so far."""
+        with self._lock:
+            self._run_on()
+            return self._follower.busy_s
+
+    def _run_on(self) -> float:
+        if self._since is None:
+            return self._follower.shown_j
+        now = self._clock()
+        seconds, self._since = now - self._since, now
+        return self._follower.advance(seconds)
+
+
+class _Gated:
+    def __init__(self, gate: Gate, meter: AttributedMeter) -> None:
+        self._gate = gate
+        self._meter = meter
+
+    @property
+    def contended(self) -> bool:
+        return self._gate.contended
+
+    def __enter__(self) -> Self:
+        self._gate.__enter__()
+        self._meter.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._meter.end()
+        self._gate.__exit__(kind, error, trace)
 
 
 def _readable(zone: Path) -> bool:

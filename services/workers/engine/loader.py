@@ -2,67 +2,131 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime as ort
 import psutil
 
+from services.workers.engine import shared_weights
 from services.workers.engine.batcher import Batcher
 from services.workers.engine.energy import Meter
+from services.workers.engine.gate import Gate
+from services.workers.engine.lora import AdaptedRunner, Stack, adapted
 from services.workers.engine.runner import ConcatRunner, Runner, SharedKvRunner
 from services.workers.engine.session import open_session
 from services.workers.engine.text import Text
 from shared.errors import ModelMissing, UnsupportedModel
 from shared.messages import ArtifactSpec, Device
-from shared.models.manifest import Manifest
+from shared.models import lora
+from shared.models.manifest import Manifest, Variant
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A loaded model and what loading it took."""
+class Opened:
+    """A model in memory, without a KV cache: what a standby keeps."""
 
-    batcher: Batcher
+    spec: ArtifactSpec
+    device: Device
+    session: ort.InferenceSession
+    concat: bool
+    text: Text
+    stack: Stack
     load_s: float
-    provider: str
-    measured_bytes: int
-    """Memory of this process once loaded; the KV cache is committed as it is used."""
+
+    @property
+    def provider(self) -> str:
+        return str(self.session.get_providers()[0])
 
 
-def load(
-    folder: Path,
-    manifest: Manifest,
-    spec: ArtifactSpec,
-    device: Device,
-    meter: Meter,
-    *,
-    spinning: bool = True,
-    clock: Callable[[], float] = time.time,
-) -> Loaded:
-    """Load the variant that `spec` names from the model's `folder`.
+def open_model(
+    folder: Path, manifest: Manifest, spec: ArtifactSpec, device: Device, *, cache: Path | None = None
+) -> Opened:
+    """Open the variant that `spec` names from the model's `folder`; engines on a CPU share what is in `cache`.
 
     Raises:
-        ModelMissing: the store has no such variant.
+        ModelMissing: the store has no such variant, or not an adapter of it.
         DeviceUnavailable, UnsupportedModel: see `open_session`.
     """
     began = time.perf_counter()
     variant = manifest.variant(spec.variant)
     if variant is None:
         raise ModelMissing(f"{spec.model} has no variant {spec.variant!r}.", "Pull it with `calm models pull`.")
-    if variant.layout == "encoder":
+    if variant.layout in ("encoder", "static"):
         raise UnsupportedModel(f"{spec.model} is an embedding model.", "Name a generator in the fleet file.")
-    session = open_session(folder / variant.path / "model.onnx", device, device.threads, spinning=spinning)
+    model = folder / variant.path / "model.onnx"
+    stack = _stack(folder.parent, spec, variant)
+    graph = adapted(model, stack) if spec.adapters else None
+    session = None
+    if cache is not None and graph is None and device.kind == "cpu":
+        session = _shared(cache, spec.name, model, variant.weights_bytes, device)
+    session = session or open_session(model, device, device.threads, graph=graph)
+    text = Text(folder, manifest.tokenizer)
+    give_back()
+    return Opened(spec, device, session, variant.layout == "concat", text, stack, time.perf_counter() - began)
+
+
+def start(opened: Opened, meter: Meter, *, clock: Callable[[], float] = time.time, gate: Gate | None = None) -> Batcher:
+    """A batcher over an opened model, with a KV cache of its own."""
+    spec, device, session = opened.spec, opened.device, opened.session
     runner: Runner
-    if variant.layout == "concat":
+    if spec.adapters:
+        runner = AdaptedRunner(session, spec.slots, spec.context, device, opened.stack)
+    elif opened.concat:
         runner = ConcatRunner(session, spec.slots)
     else:
         runner = SharedKvRunner(session, spec.slots, spec.context, device)
-    text = Text(folder, manifest.tokenizer)
-    batcher = Batcher(runner, text, slots=spec.slots, context=spec.context, meter=meter, clock=clock)
-    return Loaded(
-        batcher=batcher,
-        load_s=time.perf_counter() - began,
-        provider=session.get_providers()[0],
-        measured_bytes=psutil.Process().memory_info().rss,
-    )
+    return Batcher(
+        runner, opened.text, slots=spec.slots, context=spec.context, meter=meter, clock=clock,
+        adapters=opened.stack, gate=gate,
+    )  # fmt: skip
+
+
+def give_back() -> None:
+    """Return freed memory to the system: without it, glibc keeps what a closed session or a KV cache held."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def measured_bytes() -> int:
+    """Memory of this process, its part of what it shares with others included where the system tells."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return int(psutil.Process().memory_full_info().pss)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _shared(cache: Path, name: str, model: Path, weights_bytes: int, device: Device) -> ort.InferenceSession | None:
+    """A session over weights that all engines on this host map; None when that cannot be had."""
+
+    def make(target: Path) -> None:
+        open_session(model, device, device.threads, save_to=target)
+        give_back()
+
+    graph = shared_weights.find_or_make(cache, name, model, weights_bytes, make)
+    if graph is None:
+        return None
+    try:
+        return open_session(graph, device, device.threads, optimised=True)
+    except UnsupportedModel:  # a damaged entry
+        shutil.rmtree(graph.parent, ignore_errors=True)
+        return None
+
+
+def _stack(store: Path, spec: ArtifactSpec, variant: Variant) -> Stack:
+    """The adapters that `spec` names, from the model store."""
+    if spec.adapters and variant.layout != "calm":
+        raise UnsupportedModel(
+            f"{spec.model} {spec.variant} is a ready graph, which takes no adapters.",
+            "Adapters need a model imported from GGUF or safetensors.",
+        )
+    missing = [name for name in spec.adapters if not (store / name / "lora" / lora.FILE).is_file()]
+    if missing:
+        raise ModelMissing(f"The adapter {missing[0]!r} is not in the store.", "Pull it with `calm models pull`.")
+    return Stack({name: lora.load(store / name / "lora" / lora.FILE) for name in spec.adapters})

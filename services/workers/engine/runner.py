@@ -1,4 +1,4 @@
-"""Runs decoder graphs whose KV cache is one fixed buffer, bound in place; and what other runners must offer."""
+"""Runs decoder graphs: those whose KV cache is one fixed buffer, bound in place, and plain exports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from services.workers.engine.cache import Cache, DeviceCache, HostCache
+from services.workers.engine.schedule import Copy, Move, Release, Swap
 from shared.errors import UnsupportedModel
 from shared.messages import Device
 
@@ -27,30 +29,28 @@ class Runner(Protocol):
         """Read `tokens` into `row` behind its first `start`; logits [vocab] after the last of them."""
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
-        """One token for each of the first n rows, which hold `lengths` tokens; logits [n, vocab]."""
+        """One token for each of the first n rows, which hold `lengths` tokens; logits [n, vocab], good until the
+        next call."""
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a row over another row."""
-
-    def free(self, row: int) -> None:
-        """The row's content is no longer needed."""
+    def apply(self, move: Move) -> None:
+        """Copy, exchange or release what lies in rows of the cache."""
 
 
 class SharedKvRunner:
-    """GroupQueryAttention graphs (layouts `calm` and `gqa`) over a KV buffer of [slots, kv_heads, context, head_size]
+    """GroupQueryAttention graphs (layouts `calm` and `gqa`) over a KV buffer of [rows, kv_heads, context, head_size]
     per layer and side.
 
     A decode step binds the first n rows, a prefill step one row, both by pointer into the same buffers, so that
     nothing is copied. On the CPU the buffers are committed by the kernel as they are touched.
     """
 
-    def __init__(self, session: ort.InferenceSession, slots: int, context: int, device: Device) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, rows: int, context: int, device: Device, *, on_device: bool | None = None
+    ) -> None:
+        """`on_device`: drive the cache as memory that this process cannot touch, as on a GPU (the default there)."""
         self._session = session
-        self._slots = slots
-        self._context = context
-        self._cuda = device.kind == "cuda"
-        self._where = ("cuda", device.index) if self._cuda else ("cpu", 0)
-        self.compact = not self._cuda
+        on_device = device.kind == "cuda" if on_device is None else on_device
+        self.compact = not on_device
         inputs = {i.name: i for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
         past = [name for name in inputs if name.startswith("past")]
@@ -60,33 +60,23 @@ class SharedKvRunner:
         self._pairs = [(name, _present(name, outputs)) for name in past]
         self._masked = "attention_mask" in inputs
         self._positions = "position_ids" in inputs
-        _, heads, _, head_size = inputs[past[0]].shape
-        self._shape = (int(heads), context, int(head_size))
+        shapes = [(int(inputs[name].shape[1]), context, int(inputs[name].shape[3])) for name in past]
+        self.cache: Cache = (DeviceCache if on_device else HostCache)(past, rows, shapes, self._dtype, device)
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab = int(logits.shape[-1])
         self._logits_dtype = _DTYPES[logits.type]
         self._last_only = logits.shape[1] == 1
-        self._stride = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
-        self._buffers = {name: self._allocate() for name in past}
+        self._fixed = not (self._masked or on_device)
+        """A mask changes its shape each step, and a CUDA binding copies its inputs when they are bound; all else is
+        bound once and filled in place."""
         self._decoding: dict[int, tuple[Any, dict[str, NDArray[Any]], Logits]] = {}
 
-    def _allocate(self) -> Any:
-        shape = (self._slots, *self._shape)
-        if self._cuda:
-            return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), self._dtype, *self._where)
-        return np.zeros(shape, dtype=self._dtype)  # zero pages: no memory until written
-
-    def _pointer(self, name: str, row: int) -> int:
-        buffer = self._buffers[name]
-        base = buffer.data_ptr() if self._cuda else buffer.ctypes.data
-        return int(base) + row * self._stride
-
     def _bind_cache(self, binding: Any, row: int, rows: int) -> None:
-        shape = [rows, *self._shape]
+        cache = self.cache
         for past, present in self._pairs:
-            pointer = self._pointer(past, row)
-            binding.bind_input(past, *self._where, self._dtype, shape, pointer)
-            binding.bind_output(present, *self._where, self._dtype, shape, pointer)
+            shape, pointer = [rows, *cache.shape(past)], cache.pointer(past, row)
+            binding.bind_input(past, *cache.where, self._dtype, shape, pointer)
+            binding.bind_output(present, *cache.where, self._dtype, shape, pointer)
 
     def _bind_step(self, binding: Any, arrays: dict[str, NDArray[Any]]) -> None:
         for name, array in arrays.items():
@@ -124,30 +114,28 @@ class SharedKvRunner:
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
         rows = len(tokens)
-        ids, before = np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64)
         if rows not in self._decoding:
             binding = self._session.io_binding()
             self._bind_cache(binding, 0, rows)
-            self._decoding[rows] = (binding, self._inputs(ids, before), self._bind_logits(binding, rows, 1))
-            if not self._masked and not self._cuda:
-                self._bind_step(binding, self._decoding[rows][1])
+            arrays = self._inputs(np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64))
+            self._decoding[rows] = (binding, arrays, self._bind_logits(binding, rows, 1))
+            if self._fixed:
+                self._bind_step(binding, arrays)
         binding, arrays, logits = self._decoding[rows]
-        if self._masked or self._cuda:
-            # A mask changes its shape each step; a CUDA binding copies its inputs when they are bound.
-            arrays = self._inputs(ids, before)
-            self._bind_step(binding, arrays)
+        if self._fixed:
+            arrays["input_ids"][:, 0] = tokens
+            arrays["seqlens_k"][:] = lengths
+            arrays["total_sequence_length"][...] = max(lengths) + 1
+            if self._positions:
+                arrays["position_ids"][:, 0] = lengths
         else:
-            for name, array in self._inputs(ids, before).items():
-                arrays[name][...] = array
+            ids = np.array(tokens, np.int64)[:, None]
+            self._bind_step(binding, self._inputs(ids, np.array(lengths, np.int64)))
         self._session.run_with_iobinding(binding)
         return np.asarray(logits[:, -1], dtype=np.float32)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        for buffer in self._buffers.values():
-            buffer[target, :, :length] = buffer[source, :, :length]
-
-    def free(self, row: int) -> None:
-        pass
+    def apply(self, move: Move) -> None:
+        self.cache.apply(move)
 
 
 class ConcatRunner:
@@ -155,14 +143,14 @@ class ConcatRunner:
 
     compact = True
 
-    def __init__(self, session: ort.InferenceSession, slots: int) -> None:
+    def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         self._session = session
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._outputs = [o.name for o in session.get_outputs()]
         self._past = [name for name in self._inputs if name.startswith("past")]
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab = int(logits.shape[-1])
-        self._rows: list[dict[str, NDArray[Any]]] = [{} for _ in range(slots)]
+        self._rows: list[dict[str, NDArray[Any]]] = [{} for _ in range(rows)]
 
     def _empty(self, name: str) -> NDArray[Any]:
         description = self._inputs[name]
@@ -187,11 +175,15 @@ class ConcatRunner:
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
         return np.stack([self._run(row, [t], n) for row, (t, n) in enumerate(zip(tokens, lengths, strict=True))])
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self._rows[target] = self._rows[source]
-
-    def free(self, row: int) -> None:
-        self._rows[row] = {}
+    def apply(self, move: Move) -> None:
+        rows = self._rows
+        match move:
+            case Copy(source, target, length):
+                rows[target] = {name: array[:, :, :length] for name, array in rows[source].items()}
+            case Swap(source, target):
+                rows[source], rows[target] = rows[target], rows[source]
+            case Release(row, keep):
+                rows[row] = {name: array[:, :, :keep].copy() for name, array in rows[row].items()} if keep else {}
 
 
 def _present(past: str, outputs: list[str]) -> str:

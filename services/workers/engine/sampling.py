@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import EngineFailed
 from shared.messages import Sampling
 
 Logits = NDArray[np.float32]
 
+_NEGLIGIBLE = -30.0
+"""Tokens less likely than the best by this factor (in nats) are never drawn: sorting 49 k of them takes 4 ms."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """A chosen token with its log-probability under the model's own distribution and that one's entropy, in nats."""
 
@@ -21,23 +26,32 @@ class Choice:
     entropy: float
 
 
-def choose(logits: Logits, settings: list[Sampling], generators: list[np.random.Generator]) -> list[Choice]:
-    """One token per row of `logits` [n, vocab]. Confidence is measured before temperature and truncation."""
-    top = logits.max(axis=-1, keepdims=True)
-    shifted = logits - top
-    weights = np.exp(shifted)
-    total = weights.sum(axis=-1)
-    log_total = np.log(total)
-    entropy = log_total - np.einsum("nv,nv->n", weights, shifted) / total
-    greedy = logits.argmax(axis=-1)
-    choices = []
-    for row, (setting, generator) in enumerate(zip(settings, generators, strict=True)):
-        token = int(greedy[row])
-        if setting.temperature > 0:
-            token = _sample(shifted[row], setting, generator)
-        logprob = float(shifted[row, token] - log_total[row])
-        choices.append(Choice(token, logprob, max(float(entropy[row]), 0.0)))
-    return choices
+class Chooser:
+    """Chooses row by row in two buffers of its own: arrays of this size are mapped and unmapped by the kernel each
+    time they are made, which cost more (0.1 ms a row) than the arithmetic (0.04 ms for 49 k tokens)."""
+
+    def __init__(self, vocab: int) -> None:
+        self._shifted = np.empty(vocab, np.float32)
+        self._weights = np.empty(vocab, np.float32)
+        self._ones = np.ones(vocab, np.float32)
+
+    def choose(self, logits: Logits, setting: Sampling, generator: np.random.Generator) -> Choice:
+        """A token for `logits` [vocab]. Confidence is measured before temperature and truncation.
+
+        Raises:
+            EngineFailed: the logits are not finite.
+        """
+        best = int(logits.argmax())
+        shifted, weights = self._shifted, self._weights
+        np.subtract(logits, logits[best], out=shifted)
+        np.exp(shifted, out=weights)
+        total = float(weights.dot(self._ones))  # BLAS: half the time of `sum`
+        if not math.isfinite(total):
+            raise EngineFailed("The model's output is not finite.", "Verify the model, or use another variant of it.")
+        log_total = math.log(total)
+        entropy = log_total - float(weights.dot(shifted)) / total
+        token = _sample(shifted, setting, generator) if setting.temperature > 0 else best
+        return Choice(token, float(shifted[token]) - log_total, max(entropy, 0.0))
 
 
 def generator(seed: int | None) -> np.random.Generator:
@@ -47,9 +61,11 @@ def generator(seed: int | None) -> np.random.Generator:
 
 def _sample(logits: Logits, setting: Sampling, source: np.random.Generator) -> int:
     """Temperature, then the top k, then the smallest set with probability top p (nucleus sampling)."""
-    count = logits.shape[-1]
+    candidates = np.flatnonzero(logits > _NEGLIGIBLE * setting.temperature)
+    count = len(candidates)
     keep = min(setting.top_k or count, count)
-    candidates = np.argpartition(logits, count - keep)[count - keep :] if keep < count else np.arange(count)
+    if keep < count:
+        candidates = candidates[np.argpartition(logits[candidates], count - keep)[count - keep :]]
     scaled = logits[candidates].astype(np.float64) / setting.temperature
     weights = np.exp(scaled - scaled.max())
     weights /= weights.sum()

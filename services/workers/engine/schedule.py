@@ -1,102 +1,301 @@
 """Which sequence occupies which row of the KV cache, and what the next step runs. Pure: no arrays, no clock.
 
-Rows 0..d-1 are decoding. At most one sequence is being prefilled: it lies in row d (compact) or in any free row.
-When a row becomes free and the rows must stay compact, the last decoding row moves into it, and then the row under
-prefill moves down behind the decoding ones.
+A row is *free*, or it belongs to a sequence that is *reading* its prompt or *decoding*. A free row keeps the tokens of
+whoever had it last, so that a prompt that begins like them need not be read again (the prefix cache):
+
+1. Order: urgent before others, then the older; what is not urgent becomes so after `PATIENCE_S`. A sequence that reads
+   or decodes is never taken off its row; one that reads pauses while a more pressing one reads.
+2. Admission: a sequence gets a row when fewer than `slots` are taken and its tokens (prompt and answer) fit into the
+   capacity; free rows give up their content for it, least recently used first.
+3. Reuse: the row, free or not, with the longest common beginning of at least `min_shared` tokens.
+   a. A free row that the prompt continues to its end is taken over.
+   b. Of any other the common tokens are copied.
+   c. What the new sequence would overwrite is first moved to a free row of less worth, if there is one.
+4. Compact rows (CPUs, where each row of a step costs): decoding rows are 0..d-1. One that begins to decode changes
+   places with row d; when one ends, the last decoding one changes places with it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+PATIENCE_S = 5.0
+MIN_SHARED = 16
+"""Fewer common tokens than this are not worth a copy: reading them takes no longer."""
 
 
 @dataclass(frozen=True)
-class Move:
-    """Copy the first `length` tokens of row `source` over row `target`."""
+class Copy:
+    """Copy the first `length` tokens of row `source` over row `target`; the same row twice cuts it to `length`."""
 
     source: int
     target: int
     length: int
 
 
-class Schedule:
-    """Rows by sequence id. `lengths` are the tokens each sequence has in the cache."""
+@dataclass(frozen=True)
+class Swap:
+    """Exchange the first `length` tokens of row `source` and the first `back` tokens of row `target`."""
 
-    def __init__(self, slots: int, *, compact: bool) -> None:
-        self._compact = compact
-        self.rows: list[str | None] = [None] * slots
-        self.waiting: deque[str] = deque()
-        self.prefilling: str | None = None
-        self.lengths: dict[str, int] = {}
+    source: int
+    target: int
+    length: int
+    back: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Memory of the row behind its first `keep` tokens is no longer needed."""
+
+    row: int
+    keep: int
+
+
+Move = Copy | Swap | Release
+
+
+@dataclass
+class Row:
+    """`tokens` are those whose keys and values lie in the row; `reserve` is how many its owner may come to hold."""
+
+    tokens: list[int] = field(default_factory=list)
+    owner: str | None = None
+    reading: bool = False
+    reserve: int = 0
+    used: int = 0
 
     @property
-    def occupied(self) -> int:
-        return sum(row is not None for row in self.rows)
+    def cost(self) -> int:
+        """Tokens that it holds memory for."""
+        return len(self.tokens) if self.owner is None else self.reserve
+
+
+@dataclass(frozen=True)
+class _Entry:
+    prompt: list[int]
+    reserve: int
+    urgent: bool
+    since_s: float
+    number: int
+
+
+class Schedule:
+    """Rows by sequence id. There may be more rows than `slots`: the others only keep prefixes.
+
+    `capacity_tokens` bounds what all rows together hold memory for; without it every row may be full.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        compact: bool,
+        extra_rows: int = 0,
+        capacity_tokens: int | None = None,
+        min_shared: int = MIN_SHARED,
+    ) -> None:
+        self.slots = slots
+        self.rows = [Row() for _ in range(slots + extra_rows)]
+        self.waiting: dict[str, _Entry] = {}
+        self.reused: dict[str, int] = {}
+        """Tokens that each sequence on a row did not have to read."""
+        self._compact = compact
+        self._capacity = capacity_tokens
+        self._min_shared = min_shared
+        self._row_of: dict[str, int] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._number = 0
+
+    # --- what is ---
 
     @property
     def free(self) -> int:
         """Sequences that could still be taken in."""
-        return len(self.rows) - self.occupied - len(self.waiting)
+        return self.slots - len(self._row_of) - len(self.waiting)
 
     @property
     def decoding(self) -> list[str]:
         """Decoding sequences in the order of their rows."""
-        return [s for s in self.rows if s is not None and s != self.prefilling]
+        return [row.owner for row in self.rows if row.owner is not None and not row.reading]
 
     @property
     def span(self) -> int:
         """Rows that a decode step must run: up to the last decoding one."""
-        last = -1
-        for row, sequence in enumerate(self.rows):
-            if sequence is not None and sequence != self.prefilling:
-                last = row
-        return last + 1
+        return max((i + 1 for i, row in enumerate(self.rows) if row.owner is not None and not row.reading), default=0)
+
+    @property
+    def held_tokens(self) -> int:
+        """What all rows together hold memory for."""
+        return sum(row.cost for row in self.rows)
 
     def row_of(self, sequence: str) -> int:
-        return self.rows.index(sequence)
+        return self._row_of[sequence]
 
-    def add(self, sequence: str) -> None:
-        self.waiting.append(sequence)
+    def tokens(self, sequence: str) -> list[int]:
+        """Those of a sequence that lie in its row; a step that computes more appends them."""
+        return self.rows[self._row_of[sequence]].tokens
 
-    def next_prefill(self) -> str | None:
-        """The sequence to prefill now: the one under way, else the oldest waiting one that finds a row."""
-        if self.prefilling is None and self.waiting and None in self.rows:
-            sequence = self.waiting.popleft()
-            self.rows[self.rows.index(None)] = sequence
-            self.lengths[sequence] = 0
-            self.prefilling = sequence
-        return self.prefilling
+    # --- what changes ---
 
-    def prefilled(self, sequence: str) -> None:
+    def add(self, sequence: str, prompt: list[int], *, reserve: int, urgent: bool = True, now_s: float = 0.0) -> None:
+        """Let a sequence wait for a row; prompt and answer may come to `reserve` tokens."""
+        self._number += 1
+        self.waiting[sequence] = _Entry(prompt, reserve, urgent, now_s, self._number)
+
+    def next_prefill(self, now_s: float = 0.0) -> tuple[str | None, list[Move]]:
+        """The sequence whose prompt to read on now, and the moves that must come first."""
+
+        def pressing(item: tuple[str, _Entry]) -> tuple[bool, int]:
+            entry = item[1]
+            return (not entry.urgent and now_s - entry.since_s < PATIENCE_S, entry.number)
+
+        reading = min(((s, e) for s, e in self._entries.items() if self.rows[self._row_of[s]].reading),
+                      key=pressing, default=None)  # fmt: skip
+        waiting = min(self.waiting.items(), key=pressing, default=None)
+        if waiting is not None and (reading is None or pressing(waiting) < pressing(reading)) and self._fits(*waiting):
+            return waiting[0], self._admit(*waiting)
+        return (reading[0] if reading else None), []
+
+    def prefilled(self, sequence: str) -> list[Move]:
         """Its prompt is in the cache: from now on it decodes."""
-        if self.prefilling == sequence:
-            self.prefilling = None
+        here, wanted = self._row_of[sequence], len(self.decoding)
+        self.rows[here].reading = False
+        return self._swap(here, wanted) if self._compact and here != wanted else []
 
     def remove(self, sequence: str) -> list[Move]:
-        """Take a sequence out, wherever it is; the moves that keep the rows compact, in order."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
+        """Take a sequence out, wherever it is; its row keeps its tokens."""
+        if self.waiting.pop(sequence, None) is not None:
             return []
-        row = self.row_of(sequence)
-        self.rows[row] = None
-        self.lengths.pop(sequence)
-        if self.prefilling == sequence:
-            self.prefilling = None
-        if not self._compact:
-            return []
-        moves = []
-        last = max((r for r, s in enumerate(self.rows) if s is not None and s != self.prefilling), default=-1)
-        if last > row:
-            moves.append(self._move(last, row))
-        if self.prefilling is not None:
-            here, wanted = self.row_of(self.prefilling), len(self.decoding)
-            if here != wanted:
-                moves.append(self._move(here, wanted))
+        here = self._row_of.pop(sequence)
+        row = self.rows[here]
+        decoding = not row.reading
+        del self._entries[sequence], self.reused[sequence]
+        row.owner, row.reading, row.reserve = None, False, 0
+        self._touch(row)
+        last = self.span - 1
+        return self._swap(here, last) if self._compact and decoding and last > here else []
+
+    def forget(self) -> list[Move]:
+        """Drop what free rows keep."""
+        return [self._release(i) for i in self._free_rows()]
+
+    # --- inside ---
+
+    def _touch(self, row: Row) -> None:
+        self._number += 1
+        row.used = self._number
+
+    def _free_rows(self) -> list[int]:
+        """Free rows, that of least worth first."""
+        return sorted((i for i, row in enumerate(self.rows) if row.owner is None), key=self._worth)
+
+    def _worth(self, index: int) -> tuple[bool, int]:
+        row = self.rows[index]
+        return (len(row.tokens) >= self._min_shared, row.used)
+
+    def _fits(self, _sequence: str, entry: _Entry) -> bool:
+        if len(self._row_of) >= self.slots:
+            return False
+        taken = sum(row.cost for row in self.rows if row.owner is not None)
+        return self._capacity is None or not self._row_of or taken + entry.reserve <= self._capacity
+
+    def _admit(self, sequence: str, entry: _Entry) -> list[Move]:
+        del self.waiting[sequence]
+        target, moves = self._place(entry)
+        row = self.rows[target]
+        row.owner, row.reading, row.reserve = sequence, True, entry.reserve
+        self._row_of[sequence], self._entries[sequence] = target, entry
+        self.reused[sequence] = len(row.tokens)
+        self._touch(row)
         return moves
 
-    def _move(self, source: int, target: int) -> Move:
-        sequence = self.rows[source]
-        assert sequence is not None
-        self.rows[source], self.rows[target] = None, sequence
-        return Move(source, target, self.lengths[sequence])
+    def _place(self, entry: _Entry) -> tuple[int, list[Move]]:
+        """Choose a row, bring what can be reused into it, and save what would be lost."""
+        source, shared = self._best_source(entry.prompt)
+        free = self._free_rows()
+        # Compact: the free row that decoding will want next. Else that of least worth, rather not the source itself.
+        target = min(free) if self._compact else next((i for i in free if i != source), free[0])
+        content = self.rows[source] if source is not None else Row()
+        tight = self._capacity is not None
+        taken_over = content.owner is None and source is not None and (
+            source == target or tight or len(content.tokens) - shared < self._min_shared
+        )  # fmt: skip
+        if taken_over and not self._compact:
+            assert source is not None
+            target = source
+        replaced = source if taken_over and source is not None else target
+        moves: list[Move] = self._make_room(entry.reserve, replaced) if tight else []
+        before = len(self.rows[target].tokens)
+        if source is None:
+            moves += self._save(target, 0, None)
+        elif taken_over:
+            moves += self._save(target, shared, None) if source == target else self._swap(source, target)
+            moves.append(Copy(target, target, shared))
+        else:
+            moves += self._save(target, 0, source)
+            moves.append(Copy(source, target, shared))
+            self.rows[target].tokens = content.tokens[:shared]
+            self._touch(content)
+        if tight and max(before, len(self.rows[target].tokens)) > entry.reserve:
+            moves.append(Release(target, entry.reserve))
+        del self.rows[target].tokens[shared:]
+        return target, moves
+
+    def _best_source(self, prompt: list[int]) -> tuple[int | None, int]:
+        """The row with the longest common beginning, a free one rather, and its length; one token is left."""
+        most, _, best = max(
+            (common(prompt, row.tokens, len(prompt) - 1), row.owner is None, i) for i, row in enumerate(self.rows)
+        )
+        return (best, most) if most >= self._min_shared else (None, 0)
+
+    def _make_room(self, reserve: int, replaced: int) -> list[Move]:
+        """Release free rows, but not the one that is about to be replaced, until `reserve` more tokens fit."""
+        assert self._capacity is not None
+        moves: list[Move] = []
+        for index in self._free_rows():
+            if self.held_tokens - self.rows[replaced].cost + reserve <= self._capacity:
+                break
+            if index != replaced:
+                moves.append(self._release(index))
+        return moves
+
+    def _save(self, target: int, keep: int, source: int | None) -> list[Move]:
+        """Copy the content of a free row that is about to lose more than `keep` tokens of it to a row of less worth."""
+        row = self.rows[target]
+        if self._capacity is not None or len(row.tokens) - keep < self._min_shared:
+            return []
+        victim = next((i for i in self._free_rows() if i not in (target, source)), None)
+        if victim is None or self._worth(victim) >= self._worth(target):
+            return []
+        self.rows[victim] = Row(tokens=list(row.tokens), used=row.used)
+        return [Copy(target, victim, len(row.tokens))]
+
+    def _release(self, index: int) -> Move:
+        self.rows[index].tokens = []
+        return Release(index, 0)
+
+    def _swap(self, source: int, target: int) -> list[Move]:
+        """Exchange two rows; where memory is counted, what each then holds beyond its need is released."""
+        rows = self.rows
+        before = (rows[source].cost, rows[target].cost)
+        moves: list[Move] = [Swap(source, target, len(rows[source].tokens), len(rows[target].tokens))]
+        rows[source], rows[target] = rows[target], rows[source]
+        for index, cost in zip((source, target), before, strict=True):
+            owner = rows[index].owner
+            if owner is not None:
+                self._row_of[owner] = index
+            if self._capacity is not None and rows[index].cost < cost:
+                moves.append(Release(index, rows[index].cost))
+        return moves
+
+
+def common(one: list[int], other: list[int], limit: int) -> int:
+    """Length of the common beginning, at most `limit`; halves, because comparing slices is quick."""
+    low, high = 0, min(limit, len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

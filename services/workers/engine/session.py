@@ -11,9 +11,26 @@ import onnxruntime as ort
 from shared.errors import DeviceUnavailable, UnsupportedModel
 from shared.messages import Device
 
+_SAVE = {
+    "optimized_model_external_initializers_file_name": "model.bin",
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "save_external_prepacked_constant_initializers": "1",
+}
 
-def open_session(model: Path, device: Device, threads: int, *, spinning: bool = True) -> ort.InferenceSession:
-    """A session for `model` on `device` with `threads` intra-op threads.
+
+def open_session(
+    model: Path,
+    device: Device,
+    threads: int,
+    *,
+    spinning: bool = True,
+    graph: bytes | None = None,
+    optimised: bool = False,
+    save_to: Path | None = None,
+) -> ort.InferenceSession:
+    """A session for `model` on `device` with `threads` intra-op threads; `graph` is run instead of what the file holds,
+    with the weights that lie beside it. `save_to` also writes the optimised graph and its packed weights to a folder;
+    `optimised` says that the graph is such a one.
 
     Raises:
         DeviceUnavailable: CUDA was asked for and ONNX Runtime fell back to the CPU, which it does silently.
@@ -24,9 +41,17 @@ def open_session(model: Path, device: Device, threads: int, *, spinning: bool = 
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to / "model.onnx")
+        for key, value in _SAVE.items():
+            options.add_session_config_entry(f"session.{key}", value)
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    if graph is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device.kind == "cuda":
         with contextlib.suppress(AttributeError):  # finds CUDA and cuDNN among installed packages
@@ -35,7 +60,7 @@ def open_session(model: Path, device: Device, threads: int, *, spinning: bool = 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a missing provider: told as an error below
-            session = ort.InferenceSession(str(model), options, providers=providers)
+            session = ort.InferenceSession(graph or str(model), options, providers=providers)
     except Exception as error:
         raise UnsupportedModel(f"ONNX Runtime cannot load {model}: {error}", "Pull or add the model again.") from error
     got = session.get_providers()

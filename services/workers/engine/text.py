@@ -39,18 +39,22 @@ class Growing:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = [s for s in stop if s]
         self._ids: list[int] = []
-        self._decoded = ""
+        self._decoded: list[str] = []
         self._held = ""
-        self.text = ""
-        """Everything shown so far."""
+        self._shown: list[str] = []
         self.stopped = False
         """A stop string was met; the text ends before it."""
+
+    @property
+    def text(self) -> str:
+        """Everything shown so far."""
+        return "".join(self._shown)
 
     def push(self, token: int) -> str:
         """Text that became certain with this token."""
         self._ids.append(token)
         piece = self._stream.step(self._tokenizer, token) or ""
-        self._decoded += piece
+        self._decoded.append(piece)
         return self._show(piece, final=False)
 
     def finish(self) -> str:
@@ -58,12 +62,16 @@ class Growing:
         if self.stopped:
             return ""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+        decoded = "".join(self._decoded)
+        rest = whole[len(decoded) :] if whole.startswith(decoded) else ""
         return self._show(rest, final=True)
 
     def _show(self, piece: str, *, final: bool) -> str:
         if self.stopped:
             return ""
+        if not self._stop:
+            self._shown.append(piece)
+            return piece
         held = self._held + piece
         cuts = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
         if cuts:
@@ -72,7 +80,7 @@ class Growing:
         else:
             keep = 0 if final else max((_overlap(held, stop) for stop in self._stop), default=0)
             held, self._held = (held[:-keep], held[-keep:]) if keep else (held, "")
-        self.text += held
+        self._shown.append(held)
         return held
 
 

@@ -1,0 +1,132 @@
+"""The memory of a KV cache: rows that a graph reads and writes in place, copied, exchanged and released."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from services.workers.engine.schedule import Copy, Move, Release, Swap
+from shared.messages import Device
+
+Shape = tuple[int, int, int]
+"""KV heads, context, head size: of one row."""
+
+
+class Cache(Protocol):
+    """One buffer [rows, *shape] for each name (a layer's keys, or its values)."""
+
+    where: tuple[str, int]
+    """Device name and index, as ONNX Runtime's bindings want them."""
+
+    def shape(self, name: str) -> Shape: ...
+
+    def pointer(self, name: str, row: int) -> int:
+        """Address of a row."""
+
+    def apply(self, move: Move) -> None: ...
+
+
+class HostCache:
+    """In host memory, which the kernel commits as it is written, and takes back page by page on release."""
+
+    where = ("cpu", 0)
+
+    def __init__(
+        self, names: list[str], rows: int, shapes: list[Shape], dtype: type[np.generic], _device: Device
+    ) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        for name, shape in zip(names, shapes, strict=True):
+            size = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
+            self._maps[name] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._arrays[name] = np.frombuffer(self._maps[name], dtype).reshape(rows, *shape)
+
+    def shape(self, name: str) -> Shape:
+        heads, context, size = self._arrays[name].shape[1:]
+        return heads, context, size
+
+    def pointer(self, name: str, row: int) -> int:
+        array = self._arrays[name]
+        return int(array.ctypes.data) + row * array.strides[0]
+
+    def apply(self, move: Move) -> None:
+        match move:
+            case Copy(source, target, length):
+                if source != target:
+                    for array in self._arrays.values():
+                        array[target, :, :length] = array[source, :, :length]
+            case Swap(source, target, length, back):
+                for array in self._arrays.values():
+                    kept = array[target, :, :back].copy()
+                    array[target, :, :length] = array[source, :, :length]
+                    array[source, :, :back] = kept
+            case Release(row, keep):
+                self._release(row, keep)
+
+    def _release(self, row: int, keep: int) -> None:
+        """Give whole pages behind the first `keep` tokens back; they read as zeros if they are ever read again."""
+        for name, array in self._arrays.items():
+            head = array.strides[1]
+            for index in range(array.shape[1]):
+                start = row * array.strides[0] + index * head + keep * array.strides[2]
+                end = row * array.strides[0] + (index + 1) * head
+                start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > start:
+                    self._maps[name].madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+class DeviceCache:
+    """In memory that only the device touches: allocated once, copied by a graph of one Identity."""
+
+    def __init__(
+        self, names: list[str], rows: int, shapes: list[Shape], dtype: type[np.generic], device: Device
+    ) -> None:
+        self.where = ("cuda", device.index) if device.kind == "cuda" else ("cpu", 0)
+        self._dtype = dtype
+        self._shapes = dict(zip(names, shapes, strict=True))
+        self._buffers = {name: self._allocate((rows, *shape)) for name, shape in self._shapes.items()}
+        self._copier = _copier(dtype, device)
+
+    def _allocate(self, shape: tuple[int, ...]) -> Any:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), self._dtype, *self.where)
+
+    def shape(self, name: str) -> Shape:
+        return self._shapes[name]
+
+    def pointer(self, name: str, row: int) -> int:
+        return int(self._buffers[name].data_ptr()) + row * self._size(name)
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._shapes[name])) * np.dtype(self._dtype).itemsize
+
+    def apply(self, move: Move) -> None:
+        match move:
+            case Copy(source, target) if source != target:
+                for name in self._buffers:  # whole rows: the tokens of a row are not contiguous over its heads
+                    self._copy(name, self.pointer(name, source), self.pointer(name, target))
+            case Swap():
+                raise AssertionError("rows on a device need not be compact")
+
+    def _copy(self, name: str, source: int, target: int) -> None:
+        binding, count = self._copier.io_binding(), [int(np.prod(self._shapes[name]))]
+        binding.bind_input("x", *self.where, self._dtype, count, source)
+        binding.bind_output("y", *self.where, self._dtype, count, target)
+        self._copier.run_with_iobinding(binding)
+
+
+def _copier(dtype: type[np.generic], device: Device) -> ort.InferenceSession:
+    from onnx import TensorProto, helper  # noqa: PLC0415 20 MB of memory, for devices alone
+
+    kind = TensorProto.FLOAT16 if dtype is np.float16 else TensorProto.FLOAT
+    x, y = (helper.make_tensor_value_info(name, kind, ["n"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    provider: Any = ("CUDAExecutionProvider", {"device_id": str(device.index)})
+    return ort.InferenceSession(
+        model.SerializeToString(),
+        providers=[provider] if device.kind == "cuda" else ["CPUExecutionProvider"],
+    )

@@ -1,0 +1,169 @@
+"""Weights that processes share, KV memory that comes back, and turns at the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.workers.engine import shared_weights
+from services.workers.engine.batcher import Finished, Request
+from services.workers.engine.cache import HostCache
+from services.workers.engine.energy import ModelMeter
+from services.workers.engine.gate import Open, Turnstile
+from services.workers.engine.loader import measured_bytes, open_model, start
+from services.workers.engine.schedule import Release
+from shared.messages import ArtifactSpec, Device, Sampling
+from shared.models.gguf_import import import_gguf
+from shared.models.manifest import Manifest
+from tests.tiny import write_tiny_gguf
+
+CPU = Device(kind="cpu", name="cpu", threads=1)
+Model = tuple[Path, Manifest]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("model")
+    gguf = write_tiny_gguf(folder / "tiny.gguf", context=64)
+    return folder, import_gguf(gguf, folder, name="t", licence="", source="", variants=["fp32", "int8"])
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Share models of any size."""
+    monkeypatch.setattr(shared_weights, "LEAST_BYTES", 0)
+
+
+def spec_of(model: Model, variant: str) -> ArtifactSpec:
+    found = model[1].variant(variant)
+    assert found is not None
+    return model[1].artifact(found, slots=2, context=64, overhead_bytes=0)
+
+
+def answer(model: Model, variant: str, cache: Path | None) -> tuple[int, ...]:
+    batcher = start(open_model(*model, spec_of(model, variant), CPU, cache=cache), ModelMeter(1, 1, 1))
+    batcher.add(Request("a", [], Sampling(max_tokens=12), prompt=[40, 41, 42]))
+    ended: list[Finished] = []
+    while batcher.active:
+        ended += [e for e in batcher.step() if isinstance(e, Finished)]
+    return ended[0].tokens
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_mapped_weights_give_the_same_tokens(model: Model, variant: str, tmp_path: Path) -> None:
+    """Written by the first engine, mapped by it and the next, and no different from the model as stored."""
+    plain = answer(model, variant, None)
+    assert answer(model, variant, tmp_path / "cache") == plain
+    entries = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert [p.name.startswith(f"t-{variant}-") for p in entries] == [True]
+    assert answer(model, variant, tmp_path / "cache") == plain
+
+
+def test_a_damaged_or_impossible_cache_costs_nothing_but_memory(model: Model, tmp_path: Path) -> None:
+    """A broken entry is thrown away, and a cache that cannot be written is done without: the model loads either way."""
+    plain = answer(model, "fp32", None)
+    assert answer(model, "fp32", tmp_path / "cache") == plain
+    (entry,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    (entry / "model.onnx").write_bytes(b"not a graph")
+    assert answer(model, "fp32", tmp_path / "cache") == plain
+    assert not entry.exists()
+    (tmp_path / "file").write_text("in the way")
+    assert answer(model, "fp32", tmp_path / "file") == plain
+
+
+def test_several_that_start_at_once_write_one_entry(model: Model, tmp_path: Path) -> None:
+    """One makes it, the others wait and use it; one that fails leaves nothing behind."""
+    file = model[0] / "fp32" / "model.onnx"
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "model.onnx").write_text("graph")
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise OSError("full")
+
+    cache = tmp_path / "cache"
+    assert shared_weights.find_or_make(cache, "m", file, 100, fail) is None
+    assert [p.name for p in cache.iterdir()] == [".lock"]
+    found: list[Path | None] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(shared_weights.find_or_make(cache, "m", file, 100, make)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(made) == 1
+    assert len(set(found)) == 1
+    assert found[0] is not None
+    assert found[0].read_text() == "graph"
+
+
+def test_a_kv_cache_holds_what_was_written_and_gives_it_back() -> None:
+    """Memory grows with the tokens written, and returns to the system on release; what is kept is kept."""
+    shape = (4, 4096, 64)
+    whole = 4 * 4096 * 64 * 4
+    before = measured_bytes()
+    cache = HostCache(["k", "v"], 2, [shape, shape], np.float32, CPU)
+    assert measured_bytes() - before < 0.1 * whole
+    for array in cache._arrays.values():
+        array[0] = 7
+    full = measured_bytes()
+    assert full - before > 1.9 * whole
+    cache.apply(Release(0, 100))
+    assert full - measured_bytes() > 0.95 * 2 * whole * (1 - 100 / 4096)
+    assert all((array[0, :, :100] == 7).all() for array in cache._arrays.values())
+
+
+def _hold(folder: Path, held: object, released: object) -> None:
+    with Turnstile(folder, 1):
+        held.set()  # type: ignore[attr-defined]
+        released.wait(20)  # type: ignore[attr-defined]
+
+
+def test_one_place_is_held_by_one_at_a_time_and_given_up_by_the_dead(tmp_path: Path) -> None:
+    """Another process has the place until it leaves it, or dies with it."""
+    context = multiprocessing.get_context("spawn")
+    for kill in (False, True):
+        held, released = context.Event(), context.Event()
+        other = context.Process(target=_hold, args=(tmp_path, held, released), daemon=True)
+        other.start()
+        assert held.wait(20)
+        mine = Turnstile(tmp_path, 1)
+        entered = threading.Event()
+
+        def enter(mine: Turnstile = mine, entered: threading.Event = entered) -> None:
+            with mine:
+                entered.set()
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        assert not entered.wait(0.1)
+        if kill:
+            other.kill()
+        else:
+            released.set()
+        assert entered.wait(20)
+        thread.join(20)
+        other.join(20)
+        assert mine.contended
+        mine.close()
+
+
+def test_as_many_enter_as_there_are_places(tmp_path: Path) -> None:
+    """Two engines of one thread each run side by side on two cores; alone nobody waits."""
+    one, other = Turnstile(tmp_path, 2), Turnstile(tmp_path, 2)
+    with one, other:
+        assert not one.contended
+        assert not other.contended
+    with Open() as gate:
+        assert not gate.contended
+    one.close()
+    other.close()
