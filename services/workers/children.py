@@ -12,6 +12,7 @@ import msgspec
 import psutil
 
 from services.workers.protocol import Activity, Command, Drain, Parked, Ready, Refused, Report, Start, State
+from services.workers.engine_main import BACKGROUND
 from shared.codec import error_of
 from shared.errors import EngineLost, OperationTimeout
 from shared.processes import bound_to_parent, send
@@ -37,13 +38,14 @@ class Child:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def spawn(cls) -> Child:
+    async def spawn(cls, *, background: bool = False) -> Child:
         """Start an engine process, which waits to be told what to load. It dies with this process, however this
-        process dies."""
+        process dies. In the background it starts only as fast as others leave the processors to it."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "services.workers.engine_main",
+            *([BACKGROUND] if background else []),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,

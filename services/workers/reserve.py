@@ -51,7 +51,7 @@ class Reserve:
     async def _fill(self) -> None:
         self._spares = [child for child in self._spares if not child.ended.is_set()]
         while len(self._spares) < self._wanted:
-            self._spares.append(await Child.spawn())
+            self._spares.append(await Child.spawn(background=True))
 
     async def take(self, spec: ArtifactSpec) -> Child:
         """A process for an artifact: its standby, else a spare, else a new one."""
