@@ -11,8 +11,8 @@ from collections.abc import Callable
 import msgspec
 import psutil
 
-from services.workers.protocol import Activity, Command, Drain, Parked, Ready, Refused, Report, Start, State
 from services.workers.engine_main import BACKGROUND
+from services.workers.protocol import Activity, Command, Drain, Parked, Ready, Refused, Report, Start, State
 from shared.codec import error_of
 from shared.errors import EngineLost, OperationTimeout
 from shared.processes import bound_to_parent, send
