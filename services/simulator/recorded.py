@@ -60,7 +60,7 @@ def build(
     overhead_s: float,
 ) -> Recorded:
     """Put recorded queries together. What a model would have written that was not asked is taken to be as long as what
-    was written.
+    was written; what was learned of an artifact's speed contains the sharing of its device.
 
     Raises:
         DataInvalid: there is nothing to replay.
@@ -90,7 +90,7 @@ def build(
     )
     fleet = SimFleet(
         policy.fleet, models, tuple(w.worker for w in workers), budgets, sizes, tuple(unit),
-        np.less_equal.outer(np.array(sizes), np.array(budgets)), shared=True, overhead_s=overhead_s,
+        np.less_equal.outer(np.array(sizes), np.array(budgets)), shared=False, overhead_s=overhead_s,
     )  # fmt: skip
     ordered = sorted(answered, key=lambda a: a.at)
     n, column = len(ordered), {name: i for i, name in enumerate(names)}
@@ -142,8 +142,6 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
         )
     router = Scored(r.quality, r.work.tokens_in, r.tokens_out, policy)
     simulation = Simulation(r.fleet, r.work, router, keeper)
-    # As live: what was learned of an artifact's speed contains the sharing of the device.
-    simulation.scoring.shared = (False,) * simulation.workers
     for worker, models in enumerate(r.resident):
         for model in models:
             simulation.place(model, worker)

@@ -42,7 +42,9 @@ class Standing:
         budgets = np.array([w.budget_bytes for w in workers], np.float64)
         footprint = np.array([spec.footprint_bytes for spec in self.specs], np.float64)
         fits = np.less_equal.outer(footprint, budgets)
-        self.fits_somewhere = np.asarray(fits.any(axis=1))[self.artifact_of] if len(workers) else np.zeros(len(cards), bool)
+        self.fits_somewhere = (
+            np.asarray(fits.any(axis=1))[self.artifact_of] if len(workers) else np.zeros(len(cards), bool)
+        )
         self.fleet = Fleet(
             tuple(specs), self.workers, self._costs(workers, qos), [spec.slots for spec in self.specs], fits,
             shared=(False,) * len(workers), crowding=len(workers) > 0,
