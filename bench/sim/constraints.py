@@ -43,8 +43,8 @@ WINDOW = dual.WINDOW
 TOLERANCE = 1.05
 SLACK = 2.0
 SHARE = 0.85
-GRID_LATENCY = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.6)
-GRID_ENERGY = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+GRID_LATENCY = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+GRID_ENERGY = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def controlled(stage: Stage, work: Workload, base: m.Policy, objectives: m.Objec
 
 def judge(stage: Stage, seeds: int, p95_s: float | None, energy_j: float | None) -> dict[str, Any]:
     """Everything, as plain data."""
-    base = stage.setting.policy(w_quality=1.0, w_latency=0.3, w_energy=0.01, energy_ref_j=100.0)
+    base = stage.setting.policy(w_quality=1.0, w_latency=named.W_LATENCY, w_energy=0.0, energy_ref_j=100.0)
     work = stage.work(0)
     found = grid(stage, work, base)
     objectives, how = choose(found, p95_s, energy_j)

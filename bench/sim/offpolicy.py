@@ -2,16 +2,18 @@
 
     python -m bench.sim.offpolicy --learn DIR --judge DIR [--queries 3000] [--seeds 10] [--json FILE]
 
-The logging policy explores (Thompson sampling with a floor under every model's chance) while it learns from what it
-sees; every decision is logged with its propensity. The candidate is the router that learned offline from `--learn`,
-with a little exploration of its own; its truth is what it really earns on the very queries logged. The predictions that
-the doubly robust estimate uses are made from the log alone, each by a fit that has not seen the query.
+The logging policy is Thompson sampling, with a floor under every model's chance, on what was learned from 600 outcomes
+of its own choices; every decision is logged with its propensity. Two candidates are estimated: the same knowledge with
+another objective (energy weighs in), and another router altogether (the one that learned offline from all of
+`--learn`). Their truth is what they would earn on the very queries logged. The predictions that the doubly robust
+estimate uses are made from the log alone, each by a fit that has not seen the query.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +31,33 @@ from shared.learn.quality import QualityModel
 
 Array = NDArray[Any]
 FLOOR = 0.02
+OUTCOMES = 600
+W_ENERGY = 0.05
+"""Of the changed objective: score given up for the energy of a mean answer."""
 FOLDS = 5
 
 
-def log(
-    model: QualityModel, x: Array, score: Array, rows: Array, rng: np.random.Generator
-) -> tuple[offpolicy.Logged, Array]:
-    """Serve the queries at `rows`, learning from every outcome; the log, and the distributions [n, k] chosen from."""
-    chosen, propensity, reward, distributions = [], [], [], []
-    for row in rows.tolist():
-        probabilities = bandit.distribution(model, x[row], rng.standard_normal(bandit.shape_of(model)), floor=FLOOR)
-        choice = bandit.choose(probabilities, rng.random())
+def taught(models: Sequence[str], x: Array, score: Array, rng: np.random.Generator) -> QualityModel:
+    """What is known after `OUTCOMES` outcomes of its own choices."""
+    model = QualityModel.start(models, x)
+    for row in rng.permutation(len(x))[:OUTCOMES].tolist():
+        chances = bandit.distribution(model, x[row], rng.standard_normal(bandit.shape_of(model)))
+        choice = bandit.choose(chances, rng.random())
         model.update(x[row], choice.model, float(score[row, choice.model]))
-        chosen.append(choice.model)
-        propensity.append(choice.propensity)
-        reward.append(float(score[row, choice.model]))
-        distributions.append(choice.distribution)
-    return offpolicy.Logged(np.array(chosen), np.array(propensity), np.array(reward)), np.stack(distributions)
+    return model
+
+
+def distributions(model: QualityModel, x: Array, rng: np.random.Generator, cost: Array | float = 0.0) -> Array:
+    """[n, k] chances with which each model is chosen."""
+    shape = bandit.shape_of(model)
+    return np.stack([bandit.distribution(model, row, rng.standard_normal(shape), cost=cost, floor=FLOOR) for row in x])
+
+
+def serve(present: Array, score: Array, rng: np.random.Generator) -> offpolicy.Logged:
+    """Choose by these chances [n, k] and log."""
+    chosen = [bandit.choose(row, rng.random()) for row in present]
+    models = np.array([c.model for c in chosen])
+    return offpolicy.Logged(models, np.array([c.propensity for c in chosen]), score[np.arange(len(score)), models])
 
 
 def predicted(model: QualityModel, x: Array, logged: offpolicy.Logged) -> Array:
@@ -63,45 +75,43 @@ def predicted(model: QualityModel, x: Array, logged: offpolicy.Logged) -> Array:
     return result
 
 
-def compare(learn: Outcomes, judge: Outcomes, queries: int, seeds: int) -> dict[str, Any]:
-    """Estimates and truth over seeds, and how often a better policy is promoted and a worse one is not."""
+def compare(learn: Outcomes, judge: Outcomes, joules: Array, queries: int, seeds: int) -> dict[str, Any]:
+    """Estimates and truth over seeds; `joules` [k] are those of a mean answer."""
     x = learned.features(embed(learn.prompts), learn, learn)
     served = learned.features(embed(judge.prompts), judge, learn)
     offline, _ = QualityModel.fit(learn.models, x, learn.score.astype(np.float64), learn.categories)
-    score = np.nan_to_num(judge.score).astype(float)
+    known, score = np.nan_to_num(learn.score).astype(float), np.nan_to_num(judge.score).astype(float)
     k = score.shape[1]
     best = offline.predict(served).mean.argmax(1)
-    rows_of: list[dict[str, Any]] = []
+    runs: dict[str, list[dict[str, Any]]] = {"changed objective": [], "another router": []}
     for seed in range(seeds):
+        print(f"\rseed {seed + 1} of {seeds}   ", end="", file=sys.stderr, flush=True)
         rng = np.random.default_rng(seed)
         rows = np.concatenate([rng.permutation(len(judge)) for _ in range(-(-queries // len(judge)))])[:queries]
-        model = QualityModel.start(learn.models, x)
-        logged, present = log(model, served, score, rows, rng)
-        candidate = 0.05 / k + 0.95 * np.eye(k)[best[rows]]
+        model = taught(learn.models, x, known, rng)
+        present = distributions(model, served[rows], rng)
+        logged = serve(present, score[rows], rng)
         guess = predicted(model, served[rows], logged)
-        truth = float((candidate * score[rows]).sum(1).mean())
-        found = {
-            "ips": offpolicy.ips(logged, candidate),
-            "snips": offpolicy.snips(logged, candidate),
-            "doubly robust": offpolicy.doubly_robust(logged, candidate, guess),
+        candidates = {
+            "changed objective": distributions(model, served[rows], rng, W_ENERGY * joules / joules.mean()),
+            "another router": 0.05 / k + 0.95 * np.eye(k)[best[rows]],
         }
-        worse = np.full((len(rows), k), 1.0 / k)
-        rows_of.append({
-            "seed": seed, "truth": truth, "logging": float(logged.reward.mean()),
-            **{name: e.value for name, e in found.items()},
-            "covered": {name: bool(e.low <= truth <= e.high) for name, e in found.items()},
-            "promoted": offpolicy.judge(logged, candidate, present, guess).promote,
-            "worse_promoted": offpolicy.judge(logged, worse, present, guess).promote,
-        })  # fmt: skip
-    names = ("ips", "snips", "doubly robust")
-    errors = {name: [abs(r[name] / r["truth"] - 1.0) for r in rows_of] for name in names}
-    return {
-        "benchmark": "offpolicy", "queries": queries, "seeds": rows_of,
-        "relative_error": {name: {"mean": float(np.mean(e)), "max": float(np.max(e))} for name, e in errors.items()},
-        "coverage": {name: float(np.mean([r["covered"][name] for r in rows_of])) for name in names},
-        "promoted": float(np.mean([r["promoted"] for r in rows_of])),
-        "worse_promoted": float(np.mean([r["worse_promoted"] for r in rows_of])),
-    }  # fmt: skip
+        for name, candidate in candidates.items():
+            truth = float((candidate * score[rows]).sum(1).mean())
+            found = {
+                "ips": offpolicy.ips(logged, candidate),
+                "snips": offpolicy.snips(logged, candidate),
+                "doubly robust": offpolicy.doubly_robust(logged, candidate, guess),
+            }
+            verdict = offpolicy.judge(logged, candidate, present, guess)
+            runs[name].append({
+                "seed": seed, "truth": truth, "logging": float((present * score[rows]).sum(1).mean()),
+                "error": {n: abs(e.value / truth - 1.0) for n, e in found.items()},
+                "held": {n: bool(e.low <= truth <= e.high) for n, e in found.items()},
+                "effective": verdict.gain.effective, "promoted": verdict.promote,
+            })  # fmt: skip
+    print("\r" + " " * 30 + "\r", end="", file=sys.stderr)
+    return {"benchmark": "offpolicy", "queries": queries, "candidates": runs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,16 +127,26 @@ def main(argv: list[str] | None = None) -> int:
         judge = load_outcomes(arguments.judge)
         small = {model.name for model in fleets.load_fleet(arguments.fleet)[0].models if model.small}
         judge = judge.only([m for m in judge.models if m in small])
-        result = compare(load_outcomes(arguments.learn).only(judge.models), judge, arguments.queries, arguments.seeds)
+        learn = load_outcomes(arguments.learn).only(judge.models)
+        built = fleets.build(*fleets.load_fleet(arguments.fleet), judge.models)
+        token_j = np.array([built.unit[i][int(np.argmax(f))].decode_j for i, f in enumerate(built.fits)])
+        joules = np.nanmean(learn.tokens_out, axis=0) * token_j
+        result = compare(learn, judge, joules, arguments.queries, arguments.seeds)
     except CalmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_table(
-        f"A changed policy from {arguments.queries} logged queries, {arguments.seeds} seeds",
-        ("", "mean relative error", "largest", "truth in interval"),
-        [(n, e["mean"], e["max"], result["coverage"][n]) for n, e in result["relative_error"].items()],
-    )
-    print(f"promoted {result['promoted']:.0%}; a random policy promoted {result['worse_promoted']:.0%}")
+    for name, runs in result["candidates"].items():
+        rows = []
+        for how in ("ips", "snips", "doubly robust"):
+            errors = [run["error"][how] for run in runs]
+            rows.append((how, float(np.mean(errors)), max(errors), float(np.mean([run["held"][how] for run in runs]))))
+        print_table(
+            f"{name}: {arguments.queries} logged queries, {arguments.seeds} seeds",
+            ("", "mean relative error", "largest", "truth in interval"), rows,
+        )  # fmt: skip
+        better = [run["truth"] > run["logging"] for run in runs]
+        promoted = [run["promoted"] for run in runs]
+        print(f"better than the logging policy in {sum(better)} seeds, promoted in {sum(promoted)}")
     if arguments.json:
         write_json(arguments.json, result)
     return 0

@@ -96,9 +96,9 @@ def plot(path: Path, policies: dict[str, dict[str, Any]], title: str) -> None:
             ours = name.startswith("calm") and name != "calm-as-described"
             axis.plot(f[key], f["accuracy"], "o" if ours else "s", color="tab:red" if ours else "tab:grey")
             axis.annotate(name, (f[key], f["accuracy"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
-            if f.get("frontier"):
-                points = sorted((p[key], p["accuracy"]) for p in f["frontier"])
-                axis.plot(*zip(*points, strict=True), "-", color="tab:red", alpha=0.5)
+        frontier = sorted((f[key], f["accuracy"]) for name, f in policies.items() if name.startswith("calm-escalate"))
+        if len(frontier) > 1:
+            axis.plot(*zip(*frontier, strict=True), "-", color="tab:red", alpha=0.5)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")

@@ -57,6 +57,10 @@ def _run(arguments: object) -> int:
             from services.cli.policy import policy  # noqa: PLC0415
 
             return asyncio.run(policy(arguments, settings))
+        case "replay":
+            from services.cli.replay import replay  # noqa: PLC0415
+
+            return asyncio.run(replay(arguments, settings))
         case "models":
             from services.cli.models import models  # noqa: PLC0415
 

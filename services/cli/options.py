@@ -83,6 +83,19 @@ def parser() -> argparse.ArgumentParser:
     for verb in (show, change, reset):
         verb.add_argument("--json", action="store_true")
 
+    replay = add("replay", "Simulate the recorded queries with another policy, memory, number of workers or load.")
+    replay.add_argument("--limit", type=int, default=500, metavar="N", help="the latest N queries")
+    replay.add_argument("--residency", default="planned", choices=["planned", "lru", "lfu", "gdsf"])
+    replay.add_argument("--memory", metavar="SIZE", help="memory budget of each worker")
+    replay.add_argument("--workers", type=int, metavar="N")
+    replay.add_argument("--w-quality", type=float)
+    replay.add_argument("--w-latency", type=float)
+    replay.add_argument("--w-energy", type=float)
+    replay.add_argument("--slo", type=float, metavar="S", help="objective for the latency")
+    replay.add_argument("--faster", type=float, default=1.0, metavar="X", help="arrivals X times as fast")
+    replay.add_argument("--json", action="store_true")
+    replay.add_argument("--plot", type=Path, metavar="FILE", help=".png or .html")
+
     models = add("models", "Manage the model store.")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     pull = actions.add_parser("pull", help="fetch and import what a fleet needs", parents=[common])

@@ -146,7 +146,7 @@ class Answers:
         await self._writer.write("feedback", row)
         if card:
             self._learning.on_feedback(card, given)
-            await self._trust.on_judged(given.query_id, card, given.score)
+            self._trust.on_judged(given.query_id, card, given.score)
             self._on_judged(card)
         return m.Ok(message="Thank you: the feedback is stored.")
 

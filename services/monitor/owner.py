@@ -54,7 +54,7 @@ class Base:
         self._recorder = Recorder(
             self._bus,
             self._writer,
-            on_done=self._learning.on_done,
+            on_done=self._on_done,
             on_operation=self._learning.on_operation,
             on_route=self._on_route,
             device_class=self._learning.device_class,
@@ -123,6 +123,10 @@ class Base:
             self._sampled[state.worker] = state.at
             self._writer.note("workers", rows.worker(state))
             self._writer.note("device_samples", rows.sample(state))
+
+    def _on_done(self, done: m.Done) -> None:
+        self._learning.on_done(done)
+        self._trust.on_done(done)
 
     def _on_route(self, route: m.Route) -> None:
         self._trust.on_route(route)

@@ -102,7 +102,7 @@ class Probing:
             "source": "probe",
         }  # fmt: skip
         self._writer.note("feedback", row)
-        await self._trust.on_judged(answer.id, answer.model, score)
+        self._trust.on_judged(answer.id, answer.model, score)
         self.on_judged(answer.model)
         self._log.info("probed", card=answer.model, score=score)
 

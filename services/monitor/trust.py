@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import nats.errors
 
+from services.monitor.decide.signals import Signals
 from services.monitor.writer import Writer
 from shared import messages as m
 from shared import subjects
@@ -26,11 +27,12 @@ TELL_S = 1.0
 STORE_S = 60.0
 PIECE_BYTES = 512 * 1024
 """Learned parameters travel in pieces of this size, below NATS's default payload limit of 1 MiB."""
+RECORDED_S = 2.0
 ROUTES = 10_000
 """Latest decisions kept in memory; an older one is looked up when its judgement comes."""
 KEEP_OLD = 0.1
 """Of a drifting card, what is known counts this much of what it did, once its new level is accepted."""
-_LEARNED, _STANDINGS = "learned", "standings"
+_LEARNED, _STANDINGS, _SIGNALS = "learned", "standings", "signals"
 
 
 class Trust:
@@ -50,6 +52,9 @@ class Trust:
         self._fresh = False
         self._changed: set[str] = set()
         self._symptoms: list[m.Symptom] = []
+        self._awaited: dict[str, asyncio.Event] = {}
+        self._judging: set[asyncio.Task[None]] = set()
+        self._signals = Signals()
         self._stored_at = clock()
         self._stored_version = 0
         self._task: asyncio.Task[None] | None = None
@@ -68,6 +73,7 @@ class Trust:
         async with self._store.read() as connection:
             learned = await reads.latest_parameter(connection, _LEARNED)
             stood = await reads.latest_parameter(connection, _STANDINGS)
+            signals = await reads.latest_parameter(connection, _SIGNALS)
         if learned is not None:
             self._version = self._stored_version = learned[0]
             try:
@@ -75,6 +81,9 @@ class Trust:
                 self._fresh = self._learner.ready
             except ValueError as error:
                 self._log.warning("learned_parameters_unusable", error=str(error), remedy="They are learned anew.")
+        if signals is not None:
+            with contextlib.suppress(msgspec.MsgspecError):
+                self._signals = msgspec.msgpack.decode(signals[1], type=Signals)
         if stood is not None:
             with contextlib.suppress(msgspec.MsgspecError):
                 self._standings = msgspec.msgpack.decode(stood[1], type=dict[str, Standing])
@@ -82,6 +91,9 @@ class Trust:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
+        if self._judging:
+            await asyncio.wait(self._judging, timeout=RECORDED_S + 1.0)
+        await end(self._judging)
         if self._task is not None:
             await end([self._task])
             self._keep()
@@ -96,21 +108,50 @@ class Trust:
     def on_route(self, route: m.Route) -> None:
         """A query was routed."""
         self._routes[route.query_id] = route
+        if (awaited := self._awaited.get(route.query_id)) is not None:
+            awaited.set()
         if len(self._routes) > ROUTES:
             self._routes.popitem(last=False)
         if route.embedding:
             self._learner.seen(embedding(route.embedding))
+        self._symptoms += self._signals.routed(route, self._clock())
 
-    async def on_judged(self, query_id: str, card: str, score: float) -> None:
-        """An answer was judged, by a person or a golden probe."""
-        route = self._routes.get(query_id)
+    def on_done(self, done: m.Done) -> None:
+        """A query has ended."""
+        self._symptoms += self._signals.ended(done, self._routes.get(done.query_id), self._clock())
+
+    def on_judged(self, query_id: str, card: str, score: float) -> None:
+        """An answer was judged, by a person or a golden probe. Taken in as soon as its decision is at hand."""
+        task = asyncio.create_task(self._on_judged(query_id, card, score))
+        self._judging.add(task)
+        task.add_done_callback(self._on_taken)
+
+    def _on_taken(self, task: asyncio.Task[None]) -> None:
+        self._judging.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error("judgement_not_learned", exc_info=error)
+
+    async def _on_judged(self, query_id: str, card: str, score: float) -> None:
+        route = self._routes.get(query_id) or await self._stored(query_id)
         if route is None:
-            record = await reads.query(self._store, query_id)
-            route = record.route if record is not None else None
+            await self._recorded(query_id)
+            route = self._routes.get(query_id)
         candidate = next((c for c in route.candidates if c.card == card), None) if route is not None else None
         if route is None or candidate is None:
             return  # decided before this version, or the decision has been forgotten: nothing to compare with
         self.judge(card, score, candidate, route.embedding)
+
+    async def _stored(self, query_id: str) -> m.Route | None:
+        record = await reads.query(self._store, query_id)
+        return record.route if record is not None else None
+
+    async def _recorded(self, query_id: str) -> None:
+        """Wait a moment for a decision that the recorder has not come to yet: an answer may be quicker than that."""
+        event = self._awaited.setdefault(query_id, asyncio.Event())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECORDED_S):
+                await event.wait()
+        self._awaited.pop(query_id, None)
 
     def judge(self, card: str, score: float, candidate: m.Candidate, features: bytes) -> None:
         """Learn from a judgement, and compare it with what had been predicted."""
@@ -188,12 +229,13 @@ class Trust:
         """Store learner and standings under a version of their own."""
         now = self._clock()
         self._stored_at = now
-        if not self._standings and not self._learner.judgements:
+        if not self._routes and not self._standings:
             return
         version = max(self._version, self._stored_version + 1)
         self._version = self._stored_version = version
         for name, record in (
             (_LEARNED, self._learner.to_bytes()),
             (_STANDINGS, msgspec.msgpack.encode(self._standings)),
+            (_SIGNALS, msgspec.msgpack.encode(self._signals)),
         ):
             self._writer.note("parameters", {"name": name, "version": version, "at": now, "record": record})

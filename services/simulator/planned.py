@@ -32,7 +32,8 @@ class Options:
     """Grouping of queries that wait: `residency.Forecast.patience`."""
     burden: bool = True
     """Routing is told what a load would cost others."""
-    hysteresis: bool = True
+    noise_z: float = 0.0
+    """`residency.Forecast.noise_z`."""
     min_residence_s: float = 10.0
     max_wait_s: float = 60.0
     tick_s: float = 2.0
@@ -144,7 +145,7 @@ class Planned:
             artifacts=self._index, utilities=u, rates=rates,
             load_cost=dict(zip(sim.fleet.names, self._load_cost, strict=True)),
             trusted_s=options.foresight_s or 120.0,
-            noise_z=0.0 if options.foresight_s or not options.hysteresis else 0.5,
+            noise_z=options.noise_z,
             prefetch=options.prefetch, patience=options.patience, second_cost=self._second_cost,
         )  # fmt: skip
 

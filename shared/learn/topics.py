@@ -22,6 +22,9 @@ Array = NDArray[np.float64]
 CLUSTERS = 8
 """Topics where no categories are known. More split few outcomes too finely: after 600 outcomes of chosen models,
 8 clusters route better than 4, 12 or 16 (docs/decision-model.md, Online learning)."""
+SOFTNESS = 0.1
+"""Temperature of clusters' shares, as a share of the mean squared distance to the nearest middle. At 0.2 shares differ
+so little that few outcomes cannot move them (docs/decision-model.md, Online learning)."""
 TEMPERATURES = np.geomspace(0.03, 1.0, 16)
 _ROUNDS = 25
 
@@ -89,7 +92,7 @@ def clusters(x: NDArray[Any], count: int = CLUSTERS) -> Topics:
         )
     nearest = (2.0 * y @ middles.T - (middles**2).sum(1)).argmax(1)
     spread = float(((y - middles[nearest]) ** 2).sum(1).mean())
-    topics = Topics(centre, 2.0 * middles.T, -(middles**2).sum(1), max(0.2 * spread, 1e-6), np.zeros(len(middles)))
+    topics = Topics(centre, 2.0 * middles.T, -(middles**2).sum(1), max(SOFTNESS * spread, 1e-6), np.zeros(len(middles)))
     return Topics(topics.centre, topics.weights, topics.level, topics.temperature, topics.shares(x).mean(0))
 
 

@@ -81,10 +81,10 @@ class Running:
         await self.bus.close()
 
 
-async def start_monitor(settings: Settings, store: Store, instance: str = "one") -> Running:
-    """A started monitor on a connection of its own, with the fleet `pair`."""
+async def start_monitor(settings: Settings, store: Store, instance: str = "one", more: str = "") -> Running:
+    """A started monitor on a connection of its own, with the fleet `pair` and `more` in its file."""
     path = settings.home / "fleet.toml"
-    await asyncio.to_thread(Path(path).write_text, FLEET)
+    await asyncio.to_thread(Path(path).write_text, FLEET + more)
     settings = dataclasses.replace(settings, fleet=str(path), instance=instance, drain_s=2.0)
     bus = await Bus.connect(settings, f"monitor-{instance}")
     await bus.ensure()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
+from nats.aio.msg import Msg
 
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.learn.live import Learner, compact
+from shared.learn.standing import Standing
 from shared.settings import Settings
 from shared.views import ControlView
-from tests.integration.monitor_parts import Running, Store, start_monitor, until
+from tests.integration.monitor_parts import Running, Store, ready, start_monitor, until
 from tests.unit.monitor_records import done
 
 WIDTH = 8
@@ -122,3 +125,50 @@ async def test_a_card_that_gets_worse_is_quarantined_and_a_symptom_is_recorded(b
     fresh = ControlView(bus)
     await fresh.start()
     assert fresh.standings["alpha"].state == "quarantined"  # a planner that starts now knows it
+
+
+async def test_golden_probes_are_asked_of_a_quarantined_card_and_judged(bus: Bus, settings: Settings) -> None:
+    """The test plays analyzer, planner and engine: it answers what the intake accepted."""
+    probes = (
+        '\n[[probes]]\nprompt = "What is 6 times 7?"\nexpect = "\\\\b42\\\\b"\ncards = ["alpha"]\n'
+        '\n[[probes]]\nprompt = "Capital of France?"\nexpect = "paris"\n'
+    )
+    monitor = await start_monitor(settings, Store("small"), more=probes)
+    view = ControlView(bus)
+    await view.start()
+    asked: list[m.Query] = []
+
+    async def serve(message: Msg) -> None:
+        accepted = codec.unpack(message.data, m.Accepted)
+        asked.append(accepted.query)
+        candidate = m.Candidate(card="alpha", artifact="small-int8", quality=0.8, terms={"prior": 0.8})
+        route = m.Route(
+            query_id=accepted.query_id, order=["alpha"], candidates=[candidate], reason="asked_for",
+            embedding=features(len(asked)),
+        )  # fmt: skip
+        await bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{accepted.query_id}-route")
+        ended = done(accepted.query_id, "alpha")
+        assert ended.answer is not None
+        words = "It is 42." if "6 times 7" in (accepted.query.prompt or "") else "PARIS, of course"
+        answer = msgspec.structs.replace(ended.answer, text=words)
+        await bus.finish(
+            msgspec.structs.replace(ended, answer=answer, reply=accepted.reply, encoding=accepted.encoding)
+        )
+
+    await bus.subscribe(subjects.NEW, serve)
+    try:
+        await ready(bus)
+        base = monitor.monitor._owner._base
+        assert base is not None
+        base._trust._standings["alpha"] = Standing(state="quarantined")
+        base._probing._last_s = 0.0
+
+        async def judged() -> bool | None:
+            return True if base._trust.standings["alpha"].since >= 1 else None
+
+        await until(judged)
+        assert asked[0].model == "alpha"
+        assert asked[0].priority == "lo"
+        assert base._trust.standings["alpha"].probed == 1.0
+    finally:
+        await monitor.stop()

@@ -81,8 +81,13 @@ def _run(files: dict[str, Path], *more: str, learn: str = "learn", judge: str = 
 
 
 def test_the_json_has_what_is_promised_and_ours_is_better_than_any_single_small_model(files: dict[str, Path]) -> None:
-    """`calm` finds the good model for each kind; ratios are against the reference, which is 1 to itself."""
-    found = _run(files, "--policy", "calm,best-single,random,category-best", "--reference", "large")
+    """`calm` finds the good model for each kind; ratios are against the reference, which is 1 to itself; the plot is
+    a PNG."""
+    picture = files["json"].with_suffix(".png")
+    found = _run(
+        files, "--policy", "calm,best-single,random,category-best", "--reference", "large", "--plot", str(picture)
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
     for figures in found.values():
         assert set(figures) >= KEYS
     assert found["single:large"]["energy_ratio"] == 1.0

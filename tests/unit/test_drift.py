@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.monitor.decide import probes
 from services.monitor.decide.probes import Watched
+from services.monitor.decide.signals import Signals
+from shared import messages as m
 from shared.learn import edetect, standing
 from shared.learn.standing import Standing
+from tests.unit.monitor_records import done
 
 share = st.floats(0.0, 1.0)
 
@@ -135,3 +139,40 @@ def test_quarantined_and_suspected_cards_are_probed_often_and_others_seldom_the_
     asked = [probes.choose(worried, i) for i in range(1, 41)]
     assert [name for name in asked if name] == ["c", "c"]
     assert probes.choose([], 20) is None
+
+
+def test_signals_tell_a_slower_model_and_a_changed_mix_once() -> None:
+    draw = random.Random(1)
+    signals = Signals()
+    told: list[m.Symptom] = []
+
+    def serve(i: int, slowdown: float, domains: list[str]) -> None:
+        candidate = m.Candidate(
+            card="alpha", artifact="small-int8", terms={"prefill_s": 1.0, "decode_s": 2.0, "active_j": 6.0}
+        )
+        chosen = draw.choice(domains)
+        route = m.Route(
+            query_id=f"q{i}", order=["alpha"], candidates=[candidate], reason="best_utility",
+            domains={name: float(name == chosen) for name in ("a", "b", "c", "d", "e", "f")},
+        )  # fmt: skip
+        ended = done(f"q{i}")
+        assert ended.answer is not None
+        noise = draw.lognormvariate(0.0, 0.2) * slowdown
+        timings = msgspec.structs.replace(ended.answer.timings, prefill_s=noise, decode_s=2.0 * noise)
+        ended = msgspec.structs.replace(ended, answer=msgspec.structs.replace(ended.answer, timings=timings))
+        told.extend(signals.routed(route, float(i)))
+        told.extend(signals.ended(ended, route, float(i)))
+
+    every = ["a", "b", "c", "d", "e", "f"]
+    for i in range(2500):
+        serve(i, 1.0, every)
+    assert told == []
+    for i in range(150):
+        serve(2500 + i, 1.5, every)
+    assert [(s.kind, s.subject) for s in told] == [("drift", "alpha")]
+    assert "latency" in told[0].detail
+    assert "higher" in told[0].detail
+    for i in range(100):
+        serve(3000 + i, 1.5, ["a"])
+    assert [s.subject for s in told] == ["alpha", "queries"]
+    assert "more of a" in told[1].detail

@@ -15,7 +15,7 @@ One pass, in order (the numbers stand in the code too):
    the least possible wait), and for `max_wait_s` at most.
 5. An artifact unused for `idle_evict_s` and not pinned leaves.
 6. With a forecast: the exchange that gains most is made (prefetch), if within the time for which the forecast is
-   trusted it earns what the load costs, and by more than the forecast's own noise (hysteresis).
+   trusted it earns more than the load costs (hysteresis).
 
 Value per byte: with a forecast, what routing would lose without the artifact (`outlook`). Without one, after
 GreedyDual-Size (Cao and Irani, 1997) with a decayed demand rate in place of a count: what keeping an artifact saves
@@ -90,8 +90,9 @@ class Forecast:
     """Utility that loading an artifact costs by itself (its energy)."""
     trusted_s: float = 120.0
     """For how long the mix is expected to stay as it is."""
-    noise_z: float = 0.5
-    """Standard errors of the forecast by which an exchange must gain."""
+    noise_z: float = 0.0
+    """Standard errors of the forecast by which an exchange must gain besides. The price of a load damps enough
+    (`bench.residency`): with 0.5, shifts are followed too late, and queries wait for models meanwhile."""
     prefetch: bool = True
     patience: float = 0.0
     """Those who wait for a load wait together for at least this share of what it will make others wait."""
