@@ -222,6 +222,7 @@ class Worker:
         engine.child = await self._reserve.take(spec)
         await engine.child.start(start, lambda state: self._on_state(engine, state))
         ready = await engine.child.wait_ready(max(expires_at - self._clock(), 1.0))
+        self._energy.tick()  # a load may be over between two ticks: what it took is its own all the same
         now = self._clock()
         engine.state = msgspec.structs.replace(
             engine.state, state="ready", measured_bytes=ready.measured_bytes, loaded_at=now, last_used_at=now,

@@ -17,7 +17,7 @@ from shared.models.families.weights import Weights
 from shared.models.files import sha256_of
 from shared.models.gguf_file import Floats, GgufFile
 from shared.models.manifest import Manifest, TokenizerInfo, Variant
-from shared.models.onnx_graph import DecoderBuilder
+from shared.models.onnx_graph import CONVERTER, DecoderBuilder
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16")
 
@@ -113,7 +113,7 @@ def import_model(
         target = folder / precision
         model.write_variant(precision, target)
         half: Literal["float16"] | None = "float16" if "fp16" in precision else None
-        made.append(replace(describe_variant(precision, target, "calm"), kv_dtype=half))
+        made.append(replace(describe_variant(precision, target, "calm"), kv_dtype=half, converter=CONVERTER))
     licence = licence or str(model.fields.get("general.license", ""))
     return Manifest(
         name=name,

@@ -62,6 +62,8 @@ class Variant(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """sha256 by file name, inside `path`."""
     kv_dtype: Literal["float32", "float16"] | None = None
     """Of its KV cache, when that is not what the architecture says."""
+    converter: int = 0
+    """Of layout `calm`, the `CONVERTER` that made it: a variant of another one is made anew by the next pull."""
 
 
 class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):

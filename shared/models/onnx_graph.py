@@ -29,6 +29,9 @@ Precision = Literal["fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16"]
 """Of the weights, and after the dash of everything between them when that is not float32. GroupQueryAttention runs on
 CUDA with half precision alone (onnxruntime's docs/OperatorKernels.md), so those with fp16 are the ones for GPUs."""
 
+CONVERTER = 2
+"""Goes up whenever the same file is to give another graph or other weights, so that stored variants are made anew."""
+
 _MS = "com.microsoft"
 _DATA = "model.onnx.data"
 _OUTSIDE_BYTES = 1024
@@ -100,7 +103,9 @@ class DecoderBuilder:
             values, scales = quantize.int8(weights)
             inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
             return self._matmul8(inputs, out, rows, columns)
-        four = quantize.int4(weights)
+        # What attention gives is the least sensitive of the four inputs: its sums would cost more speed than they
+        # mend (top-1 .94 instead of .97, 5 % of decoding; docs/decisions/0013-int4.md).
+        four = quantize.int4(weights, sums=not name.endswith(".attn_output"))
         inputs = [
             self._with_sums(x, columns) if four.widened else x,
             self._init(f"{name}.q", four.values),

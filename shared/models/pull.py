@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from shared.errors import ChecksumMismatch, NeedsExport, SourceUnavailable, UnsupportedModel
 from shared.models import checkpoint_import, embedder_import, gguf_import, lora, onnx_dir, sources
 from shared.models.files import sha256_of, weights_file
 from shared.models.fleet import FleetFile
 from shared.models.manifest import Manifest
+from shared.models.onnx_graph import CONVERTER
 from shared.models.store import ModelStore
 
 ADAPTER = "lora"
@@ -87,7 +90,18 @@ def _stored(wanted: Wanted, store: ModelStore) -> Manifest | None:
     found = store.get(wanted.name)
     pinned = wanted.sha256.lower()
     same = found.source_sha256 == pinned if pinned else found.source == wanted.source
-    return found if same else None
+    if not same:
+        return None
+    kept, local = store.path(wanted.name) / KEPT_SOURCE, Path(wanted.source).expanduser()
+    if not kept.is_file() and not local.exists():
+        return found  # an outdated variant works: it is worth no download
+    return _without_outdated(found, gguf=kept.is_file() or local.suffix.lower() == ".gguf")
+
+
+def _without_outdated(manifest: Manifest, *, gguf: bool) -> Manifest:
+    """Without the variants that another version of the converter made. Those of ready ONNX folders have none."""
+    current = (0, CONVERTER) if not gguf else (CONVERTER,)
+    return replace(manifest, variants=[v for v in manifest.variants if v.layout != "calm" or v.converter in current])
 
 
 def _complete(wanted: Wanted, stored: Manifest | None) -> bool:

@@ -52,13 +52,14 @@ class Int4:
     """k' = k + sum_columns(k), and the last columns meet `block_sums` of the input; otherwise k' = k."""
 
 
-def int4(weights: Floats) -> Int4:
+def int4(weights: Floats, *, sums: bool = True) -> Int4:
     """4 bits with a fractional offset per block, in a form that whole zero points can carry.
 
     MatMulNBits is quick with whole zero points only. A block is fitted as scale x value + offset, the offset's whole
     steps go into the zero point, and the rest of it multiplies the block's sum of inputs: as weights of further
     columns, which meet `block_sums` of the input. Blocks that lie on such a grid already (Q4_0, Q4_1) keep it. Where
-    no block has a rest, as with Q4_0, there are no further columns. `weights` [n, k].
+    no block has a rest, as with Q4_0, there are no further columns; without `sums` there are none either, and the
+    rests are dropped. `weights` [n, k].
 
     Measured in docs/decisions/0013-int4.md.
     """
@@ -68,7 +69,7 @@ def int4(weights: Floats) -> Int4:
     )
     zeros = np.clip(np.rint(-offsets / scales), 0, 15)
     left = offsets + scales * zeros
-    widened = bool((np.abs(left) > _NO_REST * np.abs(scales)).any())
+    widened = sums and bool((np.abs(left) > _NO_REST * np.abs(scales)).any())
     if widened:
         rest = np.zeros((rows, sum_columns(columns)), np.float32)
         rest[:, : columns // BLOCK] = left

@@ -11,11 +11,11 @@ import pytest
 
 from services.workers.engine import shared_weights
 from services.workers.engine.batcher import Finished, Request
-from services.workers.engine.cache import HostCache
+from services.workers.engine.cache import DeviceCache, HostCache
 from services.workers.engine.energy import ModelMeter
 from services.workers.engine.gate import Open, Turnstile
 from services.workers.engine.loader import measured_bytes, open_model, start
-from services.workers.engine.schedule import Release
+from services.workers.engine.schedule import Copy, Release
 from shared.messages import ArtifactSpec, Device, Sampling
 from shared.models.gguf_import import import_gguf
 from shared.models.manifest import Manifest
@@ -120,6 +120,21 @@ def test_a_kv_cache_holds_what_was_written_and_gives_it_back() -> None:
     cache.apply(Release(0, 100))
     assert full - measured_bytes() > 0.95 * 2 * whole * (1 - 100 / 4096)
     assert all((array[0, :, :100] == 7).all() for array in cache._arrays.values())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_rows_on_a_device_are_copied_by_address(kind: type[np.generic]) -> None:
+    """A row is copied whole, for every layer, and no other is touched; the device here is the CPU."""
+    shape = (2, 8, 4)
+    cache = DeviceCache(["k", "v"], 3, [shape, shape], kind, CPU)
+    values = {name: np.arange(3 * 64).reshape(3, *shape).astype(kind) + n for n, name in enumerate("kv")}
+    for name, value in values.items():
+        cache._buffers[name].update_inplace(value)
+    cache.apply(Copy(2, 0, 5))
+    for name, value in values.items():
+        found = cache._buffers[name].numpy()
+        assert (found[0] == value[2]).all()
+        assert (found[1:] == value[1:]).all()
 
 
 def _hold(folder: Path, held: object, released: object) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from shared.errors import ChecksumMismatch, ModelMissing, NotReady, SourceUnavailable, UnsupportedModel
+from shared.models import gguf_import
 from shared.models import pull as pulling
 from shared.models.manifest import Architecture, Manifest, Variant
+from shared.models.onnx_graph import CONVERTER
 from shared.models.pull import Silent, Wanted, missing, pull
 from shared.models.store import ModelStore
 from tests import tiny
@@ -167,6 +169,25 @@ def test_pull_makes_what_is_missing_and_keeps_the_rest(store: ModelStore, source
     source.unlink()
     assert pull(wanted(source, "int4"), store, Silent()) == second
     assert {p.name for p in store.root.iterdir()} == {"tiny", ".lock", ".swap"}
+
+
+def test_variants_of_another_converter_are_made_anew(
+    store: ModelStore, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an update of the importer a pull makes its variants again; without their source they stay in use."""
+    with monkeypatch.context() as older:
+        older.setattr(gguf_import, "CONVERTER", 1)
+        first = pull(wanted(source, "int8"), store, Silent())
+    assert missing([wanted(source, "int8")], store)
+    second = pull(wanted(source, "int8"), store, Silent())
+    assert [(v.name, v.converter) for v in first.variants + second.variants] == [("int8", 1), ("int8", CONVERTER)]
+    assert not missing([wanted(source, "int8")], store)
+    store.verify("tiny")
+    with monkeypatch.context() as newer:
+        newer.setattr(pulling, "CONVERTER", CONVERTER + 1)
+        assert missing([wanted(source, "int8")], store)
+        source.unlink()
+        assert not missing([wanted(source, "int8")], store)
 
 
 def test_pull_never_writes_into_the_present_model(store: ModelStore, tmp_path: Path) -> None:

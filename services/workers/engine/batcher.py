@@ -243,7 +243,8 @@ class Batcher:
             self._apply(moves)
             events += self._read_piece(sequence, self._pace.chunk(left_s))
             left_s -= self._timer() - began
-            if left_s <= 0:
+            unfinished = sequence in self._sequences and not self._sequences[sequence].tokens
+            if unfinished or not self._pace.enough(left_s):
                 return events
 
     def _read_piece(self, sequence: str, most: int) -> list[Event]:

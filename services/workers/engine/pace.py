@@ -38,6 +38,10 @@ class Pace:
             return min(self._most, 4 * LEAST)
         return max(1, min(self._most, max(LEAST, int(budget_s / self._per_token_s))))
 
+    def enough(self, left_s: float) -> bool:
+        """Time is left for another piece of some size: the least piece costs a whole pass over the weights."""
+        return left_s > 2 * LEAST * self._per_token_s
+
     def has_read(self, tokens: int, seconds: float) -> None:
         self._per_token_s = _mean(self._per_token_s, seconds / tokens)
 
