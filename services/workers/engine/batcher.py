@@ -140,6 +140,8 @@ class Batcher:
         self._sequences: dict[str, _Sequence] = {}
         self._deadlines: dict[str, float] = {}
         self._counted_j = 0.0
+        self._moves: list[Move] = []
+        """Rows to copy before the cache is used again."""
 
     @property
     def active(self) -> int:
@@ -198,6 +200,7 @@ class Batcher:
         with self._gate:
             self._counted_j = self._meter.read_j()
             events += self._read()
+            self._apply([])
             if self._schedule.span:
                 events += self._decode()
         return events
@@ -218,11 +221,13 @@ class Batcher:
         return [Failed(sequence, error) for sequence in late]
 
     def _apply(self, moves: list[Move]) -> None:
-        for move in moves:
+        """Carry out what earlier ends left to do, then these."""
+        for move in [*self._moves, *moves]:
             self._runner.apply(move)
+        self._moves.clear()
 
     def _remove(self, sequence: str) -> None:
-        self._apply(self._schedule.remove(sequence))
+        self._moves += self._schedule.remove(sequence)  # carried out with the next step: an answer does not wait for it
         self._deadlines.pop(sequence, None)
         del self._sequences[sequence]
 
@@ -296,11 +301,13 @@ class Batcher:
 
     def _take(self, logits: Logits, running: list[str]) -> list[Event]:
         """Choose a token for each row of `logits` [n, vocab], and say what came of it."""
-        now = self._clock()
+        states = [self._sequences[sequence] for sequence in running]
+        choices = [
+            self._chooser.choose(logits[row], state.request.sampling, state.source) for row, state in enumerate(states)
+        ]
+        now = self._clock()  # choosing, for all rows of the step, is part of generating
         events: list[Event] = []
-        for row, sequence in enumerate(running):
-            state = self._sequences[sequence]
-            choice = self._chooser.choose(logits[row], state.request.sampling, state.source)
+        for sequence, state, choice in zip(running, states, choices, strict=True):
             first = not state.tokens
             state.tokens.append(choice.token)
             state.logprobs.append(choice.logprob)
