@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -19,8 +20,10 @@ from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
 from shared.learn import standing
-from shared.learn.live import Learner, embedding, pieces
+from shared.learn.live import Array, Learner, embedding, first_quality, pieces
+from shared.learn.quality import QualityModel
 from shared.learn.standing import Standing
+from shared.processes import yield_to_others
 from shared.tasks import end
 
 TELL_S = 1.0
@@ -58,6 +61,7 @@ class Trust:
         self._stored_at = clock()
         self._stored_version = 0
         self._task: asyncio.Task[None] | None = None
+        self._beginning: asyncio.Task[None] | None = None
 
     @property
     def learner(self) -> Learner:
@@ -94,6 +98,7 @@ class Trust:
         if self._judging:
             await asyncio.wait(self._judging, timeout=RECORDED_S + 1.0)
         await end(self._judging)
+        await end([self._beginning])
         if self._task is not None:
             await end([self._task])
             self._keep()
@@ -112,9 +117,19 @@ class Trust:
             awaited.set()
         if len(self._routes) > ROUTES:
             self._routes.popitem(last=False)
-        if route.embedding:
-            self._learner.seen(embedding(route.embedding))
+        if route.embedding and (first := self._learner.seen(embedding(route.embedding))) is not None:
+            self._beginning = asyncio.create_task(self._begin(first))
         self._symptoms += self._signals.routed(route, self._clock())
+
+    async def _begin(self, first: Array) -> None:
+        """Make the topics, in a thread and in the background: no query waits for it."""
+
+        def make() -> QualityModel:
+            yield_to_others("idle")
+            return first_quality(self._learner.cards, first)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="topics") as alone:  # its class is the thread's, for good
+            self._learner.begin(await asyncio.get_running_loop().run_in_executor(alone, make))
 
     def on_done(self, done: m.Done) -> None:
         """A query has ended."""

@@ -34,6 +34,7 @@ MAX_DELIVERIES = 6
 HELD = 2
 """Both priorities may ask for the last slot at once; what arrives beyond it waits here for the next one."""
 REPORT_S = 0.2
+REHEARSALS = 32
 TURNS_TO_FLUSH = 3
 """Turns of the event loop from an event's arrival at its query until what that publishes is on the socket: the query's
 task runs, the client's flusher runs, and the transport has written."""
@@ -114,6 +115,7 @@ class EngineHost:
     async def start(self) -> None:
         """Begin to pull."""
         self._thread.start()
+        await self._rehearse()
         await self._bus.subscribe(subjects.cancel("*"), self._on_cancel)
         self._open_since = self._ready_at = self._clock()
         for puller in self._pullers:
@@ -133,6 +135,18 @@ class EngineHost:
             self._wanted.notify()
         self._thread.join(timeout=5)
         await tasks.end(self._background)
+
+    async def _rehearse(self) -> None:
+        """Carry some work of our own to and fro, so that the first query does not find everything cold."""
+        accepted = m.Accepted(query=m.Query(prompt="rehearsal"), query_id="rehearsal", deadline_at=0.0)
+        route = m.Route(query_id="rehearsal", order=["rehearsal"], candidates=[], reason="rehearsal")
+        work = m.Work(
+            query_id="rehearsal", attempt=1, rank=0, card="rehearsal", artifact="rehearsal", messages=[],
+            sampling=m.Sampling(), planned=m.Planned(accepted=accepted, route=route),
+        )  # fmt: skip
+        for _ in range(REHEARSALS):
+            codec.unpack(codec.pack(work), m.Work)
+        await self._bus.rehearse()
 
     # --- the engine thread ---
 

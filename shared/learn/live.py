@@ -44,15 +44,19 @@ class Learner:
         """Whether there is anything to tell planners: some judgement has been learned from."""
         return self.quality is not None and self.judgements > 0
 
-    def seen(self, x: Array) -> None:
-        """A query's embedding [d]; the first of them make the topics."""
-        if self.quality is not None or (self._first and len(x) != len(self._first[0])):
-            return
+    def seen(self, x: Array) -> Array | None:
+        """A query's embedding [d]; the first of them make the topics. With the last of these, all of them [START, d]:
+        to be given to `first_quality`, which takes a while, and what that returns to `begin`."""
+        full = len(self._first) >= START
+        if self.quality is not None or full or (self._first and len(x) != len(self._first[0])):
+            return None
         self._first.append(np.asarray(x, np.float64))
-        if len(self._first) >= START:
-            stacked = np.stack(self._first)
-            self.quality = QualityModel.start(self.cards, stacked)
-            self._first = []
+        return np.stack(self._first) if len(self._first) >= START else None
+
+    def begin(self, quality: QualityModel) -> None:
+        """Learn from now on, with these topics."""
+        self.quality = quality.with_models(self.cards)
+        self._first = []
 
     def judged(self, card: str, x: Array, prior: float, score: float) -> bool:
         """One judgement (0 to 1) of an answer; `prior` is what the card promised for the query. False when it could
@@ -98,6 +102,12 @@ class Learner:
         if stored.quality:
             learner.quality = QualityModel.from_bytes(stored.quality)
         return learner
+
+
+def first_quality(cards: Sequence[str], first: Array) -> QualityModel:
+    """A model that has learned nothing yet, with topics from the first queries' embeddings [n, d]. Tenths of a second
+    of computing."""
+    return QualityModel.start(cards, first)
 
 
 def pieces(data: bytes, size: int) -> list[bytes]:

@@ -13,7 +13,7 @@ from services.planner.decide import objectives, routing
 from services.planner.decide.learned import Learned
 from shared import messages as m
 from shared.errors import InvalidObjective
-from shared.learn.live import START, Learner, pieces
+from shared.learn.live import START, Learner, first_quality, pieces
 from tests import samples
 
 SPEC_A, SPEC_B = samples.spec("a-int8"), samples.spec("b-int8")
@@ -27,7 +27,9 @@ def taught(**scores: list[float]) -> Learner:
     learner = Learner(list(CARDS))
     draw = np.random.default_rng(0)
     for _ in range(START):
-        learner.seen(X + draw.normal(0.0, 0.1, 4))
+        first = learner.seen(X + draw.normal(0.0, 0.1, 4))
+    assert first is not None
+    learner.begin(first_quality(learner.cards, first))
     for card, given_scores in scores.items():
         for score in given_scores:
             assert learner.judged(card, X, CARDS[card].quality, score)
