@@ -21,6 +21,11 @@ from shared.errors import CalmError
 from shared.logs import configure
 from shared.settings import Settings
 
+try:  # a query's way takes about a tenth less processor time on it
+    from uvloop import run as run_loop
+except ImportError:  # there is none for Windows
+    from asyncio import run as run_loop
+
 
 @dataclass
 class Health:
@@ -57,7 +62,7 @@ def main(service: str, build: Callable[[Context], Service]) -> None:
     try:
         settings = Settings.from_env()
         log = configure(service, settings.name, settings.log_level)
-        asyncio.run(_serve(service, settings, log, build))
+        run_loop(_serve(service, settings, log, build))
     except CalmError as error:
         print(f"{service}: {error}", file=sys.stderr)
         sys.exit(2)

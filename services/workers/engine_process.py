@@ -26,6 +26,7 @@ from shared.errors import CalmError
 from shared.logs import configure
 from shared.models.store import ModelStore
 from shared.processes import yield_to_others
+from shared.runtime import run_loop
 from shared.settings import Settings
 
 SWITCH_S = 0.0005
@@ -171,7 +172,7 @@ async def _until_told(stdin: asyncio.StreamReader, settings: Settings, meter: At
 
 def main() -> None:
     try:
-        asyncio.run(_run(Settings.from_env()))
+        run_loop(_run(Settings.from_env()))
     except CalmError as error:
         _say(Refused(failure=codec.failure_of(error)))
         sys.exit(1)
