@@ -24,7 +24,9 @@ from shared.settings import Settings
 try:  # a query's way takes about a tenth less processor time on it
     from uvloop import run as run_loop
 except ImportError:  # there is none for Windows
-    from asyncio import run as run_loop
+    from asyncio import run as run_loop  # type: ignore[assignment]
+
+__all__ = ["Context", "Health", "Service", "main", "run_loop", "settle_memory"]
 
 
 @dataclass
