@@ -94,7 +94,7 @@ class Feedback(_Public, frozen=True, kw_only=True, tag="feedback.v1"):
     label: Annotated[str, Meta(max_length=200)] | None = None
 
 
-class Objectives(_Public, frozen=True, kw_only=True, tag="objectives.v1"):
+class Objectives(_Public, frozen=True, kw_only=True):
     """What the fleet is to hold, averaged over its queries. `None` means that there is no such objective."""
 
     latency_p95_s: Positive | None = None

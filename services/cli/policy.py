@@ -58,7 +58,7 @@ def request_of(arguments: argparse.Namespace) -> m.Control:
     given = {name: value for flag, name in FLAGS.items() if (value := getattr(arguments, flag)) is not None}
     clear = [FLAGS.get(name.replace("-", "_"), name) for name in arguments.clear]
     try:
-        wanted = msgspec.convert({"type": "objectives.v1", **given}, m.Objectives)
+        wanted = msgspec.convert(given, m.Objectives)
     except msgspec.ValidationError as error:
         text, _, at = str(error).partition(" - at ")
         raise InvalidObjective(f"{at.strip('`').removeprefix('$.')}: {text}.", "Give a value in that range.") from None
