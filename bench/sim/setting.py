@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -82,7 +83,8 @@ class Setting:
 
     def policy(self, **weights: float) -> m.Policy:
         """Weights over this setting's scales."""
-        return m.Policy(fleet=self.file.fleet.name, latency_slo_s=self.slo_s, **weights)
+        own = m.Policy(fleet=self.file.fleet.name, latency_slo_s=self.slo_s)
+        return msgspec.structs.replace(own, **weights)
 
     def token_j(self, models: Sequence[str]) -> Array:
         """[m] joules of an output token."""
