@@ -83,7 +83,8 @@ class Setting:
 
     def policy(self, **weights: float) -> m.Policy:
         """Weights over this setting's scales."""
-        return msgspec.structs.replace(m.Policy(fleet=self.file.fleet.name, latency_slo_s=self.slo_s), **weights)
+        own = m.Policy(fleet=self.file.fleet.name, latency_slo_s=self.slo_s)
+        return msgspec.structs.replace(own, **weights)
 
     def token_j(self, models: Sequence[str]) -> Array:
         """[m] joules of an output token."""

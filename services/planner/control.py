@@ -23,8 +23,10 @@ TICK_S = 0.5
 """The controller looks at what came in and at what became late this often."""
 TELL_S = 1.0
 """Weights are told at most this often,"""
+SHOW_S = 2.0
+"""and with them figures and the controller's memory this often, while anything comes in."""
 KEEP_S = 10.0
-"""and the controller's memory is stored and recorded this often, while anything comes in."""
+"""They are recorded at most this often."""
 OPEN_S = 3600.0
 """A routed query of which nothing more was heard for this long is forgotten."""
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -180,7 +182,7 @@ class Control:
             if state is None or in_force is None or policy is None or not self._fresh:
                 continue
             weighed = dual.weights(state, in_force.objectives, objectives.own(policy, in_force.objectives))
-            due = now - self._kept_at >= KEEP_S
+            due = now - self._told_at >= SHOW_S
             if due or (now - self._told_at >= TELL_S and dual.told(self._told, weighed)):
                 with contextlib.suppress(TimeoutError, OSError, nats.errors.Error):
                     await self._tell(now)
