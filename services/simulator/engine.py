@@ -24,6 +24,8 @@ from services.simulator.fleet import SimFleet
 
 Array = NDArray[Any]
 LOADING, READY, DRAINING = 0, 1, 2
+STALLED_S = 3600.0
+"""Simulated time without a query's progress after which a run cannot end any more, whatever a residency policy does."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Simulation:
         if self.fleet.footprint_bytes[model] > self.free[worker]:
             return False
         engine = self._engine(model, worker)
-        engine.state = READY
+        engine.state, engine.since = READY, float("-inf")  # it has been there: no minimum residence protects it
         self.holders[model].append(engine)
         self.tell_worker(worker)
         return True
@@ -254,17 +256,20 @@ class Simulation:
         if self.residency.tick_s and n:
             self._push(born[0] + self.residency.tick_s, 2, None)
         i, upcoming = 0, born[0] if n else float("inf")
+        progress = 0.0
         while self._open:
             if events and events[0][0] <= upcoming:
                 at, _, kind, what = pop(events)
                 if kind == 0:
                     if what.wake == at:
-                        self.now = at
+                        self.now = progress = at
                         self._step(what, at)
                 elif kind == 1:
                     self.now = at
                     self._ready(what, at)
                 else:
+                    if i == n and at - max(progress, born[-1]) > STALLED_S:
+                        raise RuntimeError(self._stuck())
                     self.now = at
                     self.residency.tick(self, at)
                     self.ask_for_unmet()
@@ -275,10 +280,13 @@ class Simulation:
                 i += 1
                 upcoming = born[i] if i < n else float("inf")
             else:
-                waiting = [self.fleet.names[m] for m in range(self.models) if self.queue[m]]
-                raise RuntimeError(f"{self._open} queries can never end; they wait for {waiting}")
+                raise RuntimeError(self._stuck())
             self._count += 1
         return self._result()
+
+    def _stuck(self) -> str:
+        waiting = [self.fleet.names[m] for m in range(self.models) if self.queue[m]]
+        return f"{self._open} queries can never end; they wait for {', '.join(waiting)}"
 
     def _arrive(self, i: int, now: float) -> None:
         self._tell_changed()

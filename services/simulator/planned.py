@@ -90,6 +90,7 @@ class Planned:
         self._second_cost = second_cost
         self._demand: dict[str, Demand] = {}
         self._charges: dict[str, Swap] = {}
+        self._acting = False
 
     def start(self, sim: Simulation) -> None:
         fleet = sim.fleet
@@ -150,6 +151,8 @@ class Planned:
         )  # fmt: skip
 
     def _pass(self, sim: Simulation, now: float) -> None:
+        if self._acting:  # an eviction of this very pass asks again before its load has been given: it is coming
+            return
         fleet, policy = sim.fleet, self._policy
         workers, pending = [], []
         for w, name in enumerate(fleet.workers):
@@ -187,9 +190,11 @@ class Planned:
                 policy=policy, now=now, forecast=forecast,
             )  # fmt: skip
         number = {name: w for w, name in enumerate(fleet.workers)}
+        self._acting = True
         for action in plan.actions:
             model, worker = self._index[action.artifact], number[action.worker]
             if action.kind == "evict":
                 sim.evict(model, worker)
             else:
                 sim.load(model, worker)
+        self._acting = False

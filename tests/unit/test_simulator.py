@@ -170,3 +170,26 @@ def test_whatever_happens_queries_joules_and_bytes_are_conserved(
     again = run()
     np.testing.assert_array_equal(result.latency_s, again.latency_s)
     np.testing.assert_array_equal(result.model, again.model)
+
+
+@pytest.mark.parametrize("seed", [1, 12, 14])
+def test_an_eviction_in_a_pass_does_not_give_its_memory_away_twice(seed: int) -> None:
+    """Freeing memory asks for what is wanted, in the middle of the pass that freed it for something else: the load it
+    was freed for still comes, and every query ends."""
+    rng = np.random.default_rng(seed)
+    arrival_s, choices = np.cumsum(rng.exponential(1.0, 60)), rng.integers(0, 5, 60)
+    missed = np.eye(5) - 1.0
+    keeper = Planned(
+        lambda _i, model: missed[model], [0.0] * 5, arrival_s, choices=choices,
+        options=Options(foresight_s=60.0, patience=0.3),
+    )  # fmt: skip
+    work = _work(arrival_s.tolist(), models=5)
+    result = Simulation(_fleet(models=5, room=3), work, FixedRouter(choices), keeper, joint=False).run()
+    assert (result.latency_s > 0.0).all()
+
+
+def test_what_is_resident_from_the_start_may_make_room_at_once() -> None:
+    """Minimum residence counts from a load; what was there before the first query has been there long enough."""
+    sim = Simulation(_fleet(room=1), _work([0.0]), FixedRouter(np.array([0])), Fixed())
+    assert sim.place(0, 0)
+    assert sim.engines[0][0].since == float("-inf")
