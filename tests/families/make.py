@@ -2,9 +2,9 @@
 
 Needs torch and transformers, in an environment of its own (they are of no use to the tests themselves):
 
-    python3 -m venv /tmp/reference
-    /tmp/reference/bin/pip install "torch==2.13.0" "transformers==4.57.6" sentencepiece protobuf tiktoken -e ".[cpu]"
-    /tmp/reference/bin/python -m tests.families.make
+    python3 -m venv ../reference
+    ../reference/bin/pip install "torch==2.13.0" "transformers==4.57.6" sentencepiece protobuf tiktoken -e ".[cpu]"
+    ../reference/bin/python -m tests.families.make
 
 Writes tests/golden/families/: an .npz per tiny model (logits of every position in fp32, and a hash of the weights,
 which come from a seed), and a .json per tokenizer (a small vocabulary, texts and their ids).
