@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -66,7 +67,7 @@ class Broker:
         process = await asyncio.create_subprocess_exec(
             str(binary()), "-c", str(file),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
-            preexec_fn=bound_to_parent(),
+            env={"GOMAXPROCS": str(_threads()), **os.environ}, preexec_fn=bound_to_parent(),
         )  # fmt: skip
         printed: list[str] = []
         found: int | None = None
@@ -111,6 +112,12 @@ class Broker:
         await self.process.wait()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
+
+
+def _threads() -> int:
+    """Threads the broker may run on: one per four cores. On two cores that work for engines as well, handing a message
+    from thread to thread inside the broker costs more than doing it all on one."""
+    return max(1, (os.cpu_count() or 1) // 4)
 
 
 async def _discard(stream: asyncio.StreamReader) -> None:

@@ -338,6 +338,7 @@ class Planned(_Internal, frozen=True, kw_only=True, tag="planned.v1"):
 
     accepted: Accepted
     route: Route
+    """Without its candidates and terms: those are in the journal (`calm.decision.route`)."""
     tokens_out: float = 128.0
 
 

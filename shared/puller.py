@@ -22,7 +22,7 @@ from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import APIError
 
-from shared import tasks
+from shared import streams, tasks
 from shared.bus import Bus, Log
 
 PULL_EXPIRES_S = 5.0
@@ -87,7 +87,7 @@ class Puller:
         self._wake = asyncio.Event()
         self._loop_tasks: list[asyncio.Task[None]] = []
         self._subscription: Subscription | None = None
-        self._stopping = False
+        self._prepared = self._stopping = False
         self._arrived = False
         """Whether a message has come since the last gathering."""
 
@@ -95,9 +95,15 @@ class Puller:
     def in_flight(self) -> int:
         return len(self._tasks)
 
+    async def prepare(self) -> None:
+        """Make sure of the consumer."""
+        await self._ensure_consumer()
+        self._prepared = True
+
     async def start(self) -> None:
         """Make sure of the consumer and begin to pull."""
-        await self._ensure_consumer()
+        if not self._prepared:
+            await self.prepare()
         self._subscription = await self._bus.nc.subscribe(self._bus.nc.new_inbox(), cb=self._on_message)
         self._bus.on_reconnect(self._on_reconnect)
         self._loop_tasks = [asyncio.create_task(self._pull()), asyncio.create_task(self._keep_in_progress())]
@@ -138,6 +144,9 @@ class Puller:
             max_deliver=-1,
             max_ack_pending=self._max_ack_pending,
             max_waiting=512,
+            # A work queue forgets what is acknowledged, so that its consumer's own state can be lost with the broker:
+            # what remains is delivered again. Kept in a file, it is written ten times a second and consumer.
+            mem_storage=True if self._stream in streams.WORK_QUEUES else None,
         )
         while True:
             try:
@@ -147,6 +156,9 @@ class Puller:
                     self._log.warning("waiting_for_consumer", consumer=self._durable, error=str(error))
                 if isinstance(error, APIError) and error.code == 404:
                     await self._bus.ensure()
+                elif isinstance(error, APIError) and "storage type" in (error.description or ""):
+                    # Made by an earlier version, with its state in a file. Nothing is lost: the stream keeps the work.
+                    await self._bus.js.delete_consumer(self._stream, self._durable)
                 await asyncio.sleep(0.25)  # no event announces that the stream is ready
             else:
                 return
@@ -205,6 +217,8 @@ class Puller:
         for request in self._requests:
             if request.left:
                 request.left -= 1
+                if not request.left:
+                    self._wake.set()  # there may be room for more than was asked for
                 break
         if self._stopping or self._free() + self._slack <= 0:
             await message.nak()

@@ -65,6 +65,8 @@ STREAMS: tuple[StreamConfig, ...] = (
     ),
 )
 
+WORK_QUEUES = frozenset(stream.name for stream in STREAMS if stream.retention == RetentionPolicy.WORK_QUEUE)
+
 LIVENESS_S = 3.0
 """A worker's entry and a lease expire this long after their last refresh."""
 

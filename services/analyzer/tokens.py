@@ -28,7 +28,7 @@ class TokenCounter:
     def count(self, text: str) -> dict[str, int]:
         """Tokens by model; the chat template's own tokens are not counted."""
         counts = {
-            key: len(tokenizer.encode(text, add_special_tokens=False).ids)
+            key: len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])  # without offsets in the text
             for key, tokenizer in self._tokenizers.items()
             if key in self._models.values()
         }

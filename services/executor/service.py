@@ -174,9 +174,10 @@ class Executor:
     async def _on_done(self, message: Msg) -> None:
         query_id = message.subject.split(".")[2]
         self._supervision.ended(query_id)
-        done = codec.unpack(message.data, m.Done)
-        if done.answer is not None:
-            self._breakers.pop(done.artifact, None)
+        if self._breakers:
+            done = codec.unpack(message.data, m.Done)
+            if done.answer is not None:
+                self._breakers.pop(done.artifact, None)
 
     async def _on_cancel(self, message: Msg) -> None:
         query_id = message.subject.split(".", 2)[2]

@@ -60,13 +60,27 @@ class Control:
         self._told_at = self._kept_at = 0.0
         self._open: dict[str, tuple[dual.Decided, bool]] = {}
         """Routed queries that have not ended, with whether they were counted as late, in order of routing."""
+        self._heard = asyncio.Event()
+        self.listening = False
+        """Whether it hears of ended queries: as soon as there are objectives."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.CONTROL, self._on_control, subjects.CONTROL_QUEUE)
-        await self._bus.subscribe(subjects.DECISION_ROUTE, self._on_route)
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._listen())]
+
+    def heard(self, key: str) -> None:
+        """An entry of the control bucket has changed."""
+        if key == subjects.OBJECTIVES_KEY:
+            self._heard.set()
+
+    async def _listen(self) -> None:
+        """Hear of ended queries once there are objectives: without any, each end would wake this process for nothing,
+        at the very moment at which its answer is on the way."""
+        if self._view.in_force is None:
+            await self._heard.wait()
         await self._bus.subscribe(subjects.done("*"), self._on_done)
-        self._tasks = [asyncio.create_task(self._run())]
+        self.listening = True
 
     async def stop(self) -> None:
         await tasks.end(self._tasks)
@@ -122,15 +136,16 @@ class Control:
             except (TimeoutError, nats.errors.Error):
                 raise NotReady("The broker did not take the change.", "Ask again.") from None
             self._view.in_force = new  # others hear of it through the bucket
+            self._heard.set()
             return new
         raise InvalidObjective("Others change the objectives at the same time.", "Look at them, and ask again.")
 
     # --- the controller ---
 
-    async def _on_route(self, message: Msg) -> None:
+    def routed(self, route: m.Route) -> None:
+        """A planner, this one or another, has decided."""
         if self._view.in_force is None:
             return
-        route = codec.unpack(message.data, m.Route)
         chosen = next((c for c in route.candidates if route.order and c.card == route.order[0]), None)
         if chosen is None:
             return

@@ -30,14 +30,22 @@ CHARGES_S = 1.0
 class Knowledge:
     """Kept up to date from KV buckets, QoS broadcasts and route decisions of every planner replica."""
 
-    def __init__(self, bus: Bus, planner: str, clock: Callable[[], float], on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        planner: str,
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+        on_control: Callable[[str], None],
+    ) -> None:
+        """`on_change`: models or workers have changed; `on_control`: an entry of the control bucket, with its key."""
         self._bus = bus
         self._planner = planner
         self._clock = clock
         self._on_change = on_change
         self.models = ModelsView(bus, on_change)
         self.fleet = FleetView(bus, lambda _state: on_change())
-        self.control = ControlView(bus)
+        self.control = ControlView(bus, on_control)
         self.qos = m.Qos()
         self.demand: dict[str, Demand] = {}
         self._standings = Standings()
@@ -48,7 +56,6 @@ class Knowledge:
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.QOS, self._on_qos)
-        await self._bus.subscribe(subjects.DECISION_ROUTE, self._on_route)
         await self.models.start()
         await self.fleet.start()
         await self.control.start()
@@ -173,8 +180,8 @@ class Knowledge:
                 since = now
             self.demand[artifact] = Demand(waiting, since, old.rate, old.rate_at)
 
-    async def _on_route(self, message: Msg) -> None:
-        route = codec.unpack(message.data, m.Route)
+    def routed(self, route: m.Route) -> None:
+        """A planner, this one or another, has decided: its model is wanted."""
         card = self.models.cards.get(route.order[0]) if route.order else None
         if card is None:
             return
@@ -182,7 +189,10 @@ class Knowledge:
         now = self._clock()
         self._foresee(route, now)
         demand = residency.arrived(self.demand.get(artifact, Demand()), now)
-        if demand.waiting_since is None and not self.covered(artifact):
+        if self.covered(artifact):
+            self.demand[artifact] = demand  # whether it is enough is seen by the length of its queue
+            return
+        if demand.waiting_since is None:
             demand = Demand(demand.waiting, now, demand.rate, demand.rate_at)
         self.demand[artifact] = demand
         self._on_change()

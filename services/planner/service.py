@@ -27,6 +27,8 @@ DRAWS = 32
 RETRY_S = 0.25
 """A query that meets no worker at all goes back to the queue for this long."""
 REHEARSALS = 32
+JOURNAL_AFTER_S = 0.03
+"""A decision is journaled this much later, out of the way of the stages that now work on its query."""
 
 
 class Planner:
@@ -36,7 +38,7 @@ class Planner:
         self._context = context
         self._bus = context.bus
         self._log = context.log
-        self._knowledge = Knowledge(self._bus, context.instance, context.clock, self._on_change)
+        self._knowledge = Knowledge(self._bus, context.instance, context.clock, self._on_change, self._on_control)
         self._placement = Placement(self._bus, self._knowledge, context.instance, context.clock, self._log)
         self._random = np.random.default_rng()
         self._control = Control(
@@ -64,6 +66,7 @@ class Planner:
         await self._knowledge.start()
         await self._placement.start()
         await self._control.start()
+        await self._bus.subscribe(subjects.DECISION_ROUTE, self._on_decision)
         self._log.info("waiting_for_fleet")
         await self._knowledge.models.ready.wait()
         self._rehearse()
@@ -89,6 +92,18 @@ class Planner:
 
     def _on_change(self) -> None:
         self._placement.wake()
+
+    def _on_control(self, key: str) -> None:
+        self._control.heard(key)
+
+    async def _on_decision(self, message: Msg) -> None:
+        route = codec.unpack(message.data, m.Route)
+        if route.planner != self._context.instance:  # our own are counted when they are made
+            self._count(route)
+
+    def _count(self, route: m.Route) -> None:
+        self._knowledge.routed(route)
+        self._control.routed(route)
 
     async def _on_query(self, message: Msg) -> None:
         try:
@@ -126,22 +141,27 @@ class Planner:
             objectives_version=self._control.version,
             embedding=compact(analyzed.profile.embedding),
         )
-        decision = self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{accepted.query_id}-route")
         if route.order:
             stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock()))
             chosen = next(c for c in route.candidates if c.card == route.order[0])
-            planned = m.Planned(accepted=stamped, route=route, tokens_out=chosen.terms.get("tokens_out", 128.0))
-            await asyncio.gather(
-                decision, self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
+            planned = m.Planned(
+                accepted=stamped, route=_to_carry_out(route), tokens_out=chosen.terms.get("tokens_out", 128.0)
             )
+            await self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
+            self._count(route)
             self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
+            await asyncio.sleep(JOURNAL_AFTER_S)
+            await self._journal(route)
         else:
             failure = codec.failure_of(routing.refusal(route, analyzed, state), accepted.query_id)
-            await decision
+            await self._journal(route)
             await self._refuse(accepted, failure, redelivered=redelivered)
             self._log.info("refused", code=failure.code)
         await message.ack()
         self._context.health.handled += 1
+
+    async def _journal(self, route: m.Route) -> None:
+        await self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{route.query_id}-route")
 
     async def _refuse(self, accepted: m.Accepted, failure: m.Failure, *, redelivered: bool) -> None:
         done = m.Done(
@@ -153,3 +173,8 @@ class Planner:
         )
         await self._bus.finish(done, resend=redelivered)
         self._context.health.failed += 1
+
+
+def _to_carry_out(route: m.Route) -> m.Route:
+    """What executor and engine need of a decision; they carry it with the query through two more queues."""
+    return msgspec.structs.replace(route, candidates=[], weights={}, domains={}, embedding=b"", flip="")

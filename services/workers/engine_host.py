@@ -38,6 +38,9 @@ REHEARSALS = 32
 TURNS_TO_FLUSH = 3
 """Turns of the event loop from an event's arrival at its query until what that publishes is on the socket: the query's
 task runs, the client's flusher runs, and the transport has written."""
+PAUSE_S = 0.003
+"""After an answer has ended, generation waits at most this long for it to be claimed and sent: the event loop then has
+the interpreter to itself. Beside the next step, writing the claim took 0.3 to 1 ms and reading its reply 0.3."""
 
 
 @dataclass
@@ -84,6 +87,8 @@ class EngineHost:
         self._incoming: list[Request] = []
         self._outgoing: list[str] = []
         self._halt = False
+        self._unsent = 0
+        self._sent = threading.Event()
         self._thread = threading.Thread(target=self._generate, name="engine", daemon=True)
         self._ready_at = clock()
         self._open_since = clock()
@@ -117,6 +122,8 @@ class EngineHost:
         self._thread.start()
         await self._rehearse()
         await self._bus.subscribe(subjects.cancel("*"), self._on_cancel)
+        for puller in self._pullers:
+            await puller.prepare()
         self._open_since = self._ready_at = self._clock()
         for puller in self._pullers:
             await puller.start()
@@ -176,7 +183,11 @@ class EngineHost:
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
             if events:
+                self._unsent = sum(isinstance(event, Finished) for event in events)
+                self._sent.clear()
                 self._loop.call_soon_threadsafe(self._events.put_nowait, events)
+                if self._unsent:
+                    self._sent.wait(PAUSE_S)
 
     async def _distribute(self) -> None:
         """Hand each step's events to the queries they belong to: those that ended first, and their claims are on
@@ -267,6 +278,9 @@ class EngineHost:
             self._jobs.pop(work.query_id, None)
         if isinstance(end, Finished):
             await self._finish(job, end, resend=deliveries > 1)
+            self._unsent -= 1
+            if self._unsent <= 0:
+                self._sent.set()
         elif isinstance(end, Failed):
             await self._give_up(job, end.error, resend=deliveries > 1)
         await self._settle(message)

@@ -146,6 +146,7 @@ async def test_the_leader_moves_the_weights_and_every_replica_routes_by_them(
     try:
         await ask(fleet, m.Control(action="set", objectives=m.Objectives(energy_j_per_query=10.0)))
         await until(lambda: _seen(other, 1))
+        await until(lambda: _listens(planner))
         await serve(fleet, 0, 200, energy_j=30.0)
         moved = await state(fleet, lambda s: s.weights["w_e"] > 0.2)
         assert moved.controller == "one"
@@ -165,6 +166,7 @@ async def test_another_planner_goes_on_from_the_weights_when_the_leader_stops(
     fleet: Bus, planner: Replica, settings: Settings
 ) -> None:
     await ask(fleet, m.Control(action="set", objectives=m.Objectives(energy_j_per_query=10.0)))
+    await until(lambda: _listens(planner))
     await serve(fleet, 0, 200, energy_j=30.0)
     before = await state(fleet, lambda s: s.weights["w_e"] > 0.2)
     other = await Replica.start(settings, "two")
@@ -178,12 +180,17 @@ async def test_another_planner_goes_on_from_the_weights_when_the_leader_stops(
             return other.planner._placement.leads or None
 
         await until(leads)
+        await until(lambda: _listens(other))
         await serve(fleet, 1000, 100, energy_j=30.0)
         on = await state(fleet, lambda s: s.controller == "two")
         assert on.weights["w_e"] >= 0.2
         assert on.count > 100  # those of the first leader are among them
     finally:
         await other.stop()
+
+
+async def _listens(replica: Replica) -> bool | None:
+    return replica.planner._control.listening or None
 
 
 async def _seen(replica: Replica, version: int) -> bool | None:
