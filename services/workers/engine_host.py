@@ -177,17 +177,22 @@ class EngineHost:
                 except CalmError as error:
                     events.append(Failed(request.id, error))
             try:
-                events += self._batcher.step()
+                events += self._batcher.step(self._tell)
             except Exception as error:  # noqa: BLE001 a step that fails takes its sequences with it, not the fleet
                 failure = EngineFailed(f"The engine failed: {error!r}.", "See the worker's log.")
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
-            if events:
-                self._unsent = sum(isinstance(event, Finished) for event in events)
-                self._sent.clear()
-                self._loop.call_soon_threadsafe(self._events.put_nowait, events)
-                if self._unsent:
-                    self._sent.wait(PAUSE_S)
+            self._tell(events)
+
+    def _tell(self, events: list[Event]) -> None:
+        """Hand events to the event loop; when answers are among them, wait until they have gone."""
+        if not events:
+            return
+        self._unsent = sum(isinstance(event, Finished) for event in events)
+        self._sent.clear()
+        self._loop.call_soon_threadsafe(self._events.put_nowait, events)
+        if self._unsent:
+            self._sent.wait(PAUSE_S)
 
     async def _distribute(self) -> None:
         """Hand each step's events to the queries they belong to: those that ended first, and their claims are on

@@ -138,6 +138,8 @@ class Batcher:
         self._adapters = adapters or Stack()
         self._chooser = sampling.Chooser(runner.vocab)
         self._sequences: dict[str, _Sequence] = {}
+        self._came: list[Event] = []
+        self._on_end: Callable[[list[Event]], None] | None = None
         self._deadlines: dict[str, float] = {}
         self._counted_j = 0.0
         self._moves: list[Move] = []
@@ -192,18 +194,23 @@ class Batcher:
         self._apply(self._schedule.forget())  # what a failed step left there is not to be trusted
         return ids
 
-    def step(self) -> list[Event]:
-        """Read prompts for a while and advance each running sequence by a token; empty when nothing is to do."""
-        events: list[Event] = [*self._expire()]
-        if not self._sequences:
-            return events
-        with self._gate:
-            self._counted_j = self._meter.read_j()
-            events += self._read()
-            self._apply([])
-            if self._schedule.span:
-                events += self._decode()
-        return events
+    def step(self, on_end: Callable[[list[Event]], None] | None = None) -> list[Event]:
+        """Read prompts for a while and advance each running sequence by a token; empty when nothing is to do.
+
+        `on_end` is told, as soon as an answer has ended, all that the step has brought so far, before the texts of the
+        other sequences are made; what it is not told of is returned.
+        """
+        self._on_end = on_end
+        self._came = self._expire()
+        if self._sequences:
+            with self._gate:
+                self._counted_j = self._meter.read_j()
+                self._read()
+                self._apply([])
+                if self._schedule.span:
+                    self._decode()
+        came, self._came = self._came, []
+        return came
 
     # --- inside ---
 
@@ -236,23 +243,22 @@ class Batcher:
         before_j, self._counted_j = self._counted_j, self._meter.read_j()
         return self._counted_j - before_j
 
-    def _read(self) -> list[Event]:
+    def _read(self) -> None:
         """Read pieces of prompts, of several when they are short, within the time that `Pace` allows."""
-        events: list[Event] = []
         left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
         while True:
             sequence, moves = self._schedule.next_prefill(self._clock())
             if sequence is None:
-                return events
+                return
             began = self._timer()
             self._apply(moves)
-            events += self._read_piece(sequence, self._pace.chunk(left_s))
+            self._read_piece(sequence, self._pace.chunk(left_s))
             left_s -= self._timer() - began
             unfinished = sequence in self._sequences and not self._sequences[sequence].tokens
             if unfinished or not self._pace.enough(left_s):
-                return events
+                return
 
-    def _read_piece(self, sequence: str, most: int) -> list[Event]:
+    def _read_piece(self, sequence: str, most: int) -> None:
         state, schedule = self._sequences[sequence], self._schedule
         held = schedule.tokens(sequence)
         if not state.admitted_at:
@@ -267,11 +273,11 @@ class Batcher:
         held += _keys(piece, state.adapter)
         state.energy_in_j += self._charge_j()
         if len(held) < len(state.prompt):
-            return []
+            return
         self._apply(schedule.prefilled(sequence))
-        return self._take(np.asarray(logits)[None], [sequence])
+        self._take(np.asarray(logits)[None], [sequence])
 
-    def _decode(self) -> list[Event]:
+    def _decode(self) -> None:
         schedule = self._schedule
         began = self._timer()
         tokens, lengths, adapters = [], [], []
@@ -297,42 +303,55 @@ class Batcher:
             state.steps += 1
             state.energy_out_j += share
         rows = [index for index, _ in decoding]
-        return self._take(logits if len(rows) == len(tokens) else logits[rows], [s for _, s in decoding])
+        self._take(logits if len(rows) == len(tokens) else logits[rows], [s for _, s in decoding])
 
-    def _take(self, logits: Logits, running: list[str]) -> list[Event]:
-        """Choose a token for each row of `logits` [n, vocab], and say what came of it."""
+    def _take(self, logits: Logits, running: list[str]) -> None:
+        """Choose a token for each row of `logits` [n, vocab], and say what came of it: first of those that end."""
         states = [self._sequences[sequence] for sequence in running]
         choices = [
             self._chooser.choose(logits[row], state.request.sampling, state.source) for row, state in enumerate(states)
         ]
         now = self._clock()  # choosing, for all rows of the step, is part of generating
-        events: list[Event] = []
-        for sequence, state, choice in zip(running, states, choices, strict=True):
-            first = not state.tokens
-            state.tokens.append(choice.token)
-            state.logprobs.append(choice.logprob)
-            state.entropies.append(choice.entropy)
-            if first:
-                state.first_token_at = now
-            text, reason = "", None
-            if choice.token in self._text.stop_ids:
+        chosen = list(zip(states, choices, strict=True))
+        ending = [self._ends(*each) for each in chosen]
+        if any(ending):
+            for (state, choice), ends in zip(chosen, ending, strict=True):
+                if ends:
+                    self._advance(state, choice, now)
+            if self._on_end is not None:
+                came, self._came = self._came, []
+                self._on_end(came)
+        for (state, choice), ends in zip(chosen, ending, strict=True):
+            if not ends:
+                self._advance(state, choice, now)
+
+    def _ends(self, state: _Sequence, choice: sampling.Choice) -> bool:
+        """Whether this token is the last, as far as can be told before its text is made."""
+        return choice.token in self._text.stop_ids or len(state.tokens) + 1 >= state.limit
+
+    def _advance(self, state: _Sequence, choice: sampling.Choice, now: float) -> None:
+        sequence, first = state.request.id, not state.tokens
+        state.tokens.append(choice.token)
+        state.logprobs.append(choice.logprob)
+        state.entropies.append(choice.entropy)
+        if first:
+            state.first_token_at = now
+        text, reason = "", None
+        if choice.token in self._text.stop_ids:
+            reason = "stop"
+        else:
+            text = state.growing.push(choice.token)
+            if state.growing.stopped:
                 reason = "stop"
-            else:
-                text = state.growing.push(choice.token)
-                if state.growing.stopped:
-                    reason = "stop"
-                elif len(state.tokens) >= state.limit:
-                    reason = "length"
-            if reason is not None:
-                text += state.growing.finish()
-            if text or first:
-                events.append(Delta(sequence, text))
-            if reason is not None:
-                events.append(self._finished(sequence, state, "stop" if reason == "stop" else "length", now))
-        for event in events:
-            if isinstance(event, Finished):
-                self._remove(event.id)
-        return events
+            elif len(state.tokens) >= state.limit:
+                reason = "length"
+        if reason is not None:
+            text += state.growing.finish()
+        if text or first:
+            self._came.append(Delta(sequence, text))
+        if reason is not None:
+            self._came.append(self._finished(sequence, state, "stop" if reason == "stop" else "length", now))
+            self._remove(sequence)
 
     def _finished(self, sequence: str, state: _Sequence, reason: Literal["stop", "length"], now: float) -> Finished:
         return Finished(
