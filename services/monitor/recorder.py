@@ -18,7 +18,7 @@ from shared.puller import Puller
 
 IN_HAND = 1000
 """Messages held uncommitted per stream: two full batches."""
-GATHER_S = 0.1
+GATHER_S = 0.25
 """Recording waits this long for more, so that it keeps out of the way of the queries themselves."""
 
 
