@@ -270,7 +270,8 @@ class Profile(_Internal, frozen=True, kw_only=True):
     affinity: dict[str, float] = {}
     """By card: cosine similarity between the query and the card's description and exemplars, -1 to 1."""
     tokens_in: dict[str, int] = {}
-    """By model: prompt tokens under that model's tokenizer, chat template left out."""
+    """By model: prompt tokens under that model's tokenizer, chat template left out; estimated from the length where they
+    cannot exceed any context."""
     tokens_out: float = 128.0
     """Predicted length of the answer in tokens."""
     difficulty: float = 0.5

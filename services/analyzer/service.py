@@ -36,7 +36,8 @@ class Analyzer:
         self._bus = context.bus
         self._log = context.log
         self._queue: EmbeddingQueue
-        self._tokens = TokenCounter(context.settings.models_path)
+        sample = "\n".join(text for _, text in profile.prototype_texts())
+        self._tokens = TokenCounter(context.settings.models_path, sample)
         self._models = ModelsView(self._bus, on_change=self._on_models)
         self._models_changed = asyncio.Event()
         self._fleet = FleetView(self._bus)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from services.analyzer.decide import profile, symptoms
 from services.analyzer.decide.domains import DOMAINS
+from services.analyzer.tokens import TokenCounter
 from shared import messages as m
+from tests.samples import card
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
@@ -80,3 +86,20 @@ def test_symptoms_name_slow_cards_and_lost_workers() -> None:
     policy = m.Policy(fleet="f", latency_slo_s=5.0)
     found = symptoms.find(m.Qos(cards=[slow, few]), policy, frozenset({"w1", "w2"}), frozenset({"w2"}), 1.0)
     assert [(s.kind, s.subject) for s in found] == [("slo_violation", "slow"), ("worker_lost", "w1")]
+
+
+def test_tokens_are_estimated_only_where_no_context_can_be_exceeded(tmp_path: Path) -> None:
+    """What fits whatever its tokens are is estimated from its length; what may not fit is counted."""
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**alphabet, "ab": 256}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    (tmp_path / "m").mkdir()
+    tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
+    one = card("c")
+    one = msgspec.structs.replace(one, artifact=msgspec.structs.replace(one.artifact, model="m", context=100))
+    counter = TokenCounter(tmp_path, sample="ab" * 50 + "x" * 50)  # 100 tokens of 150 bytes
+    counter.use([one])
+    assert counter.count("ab" * 30) == {"m": 40}  # 60 bytes at 1.5 a token; 30 in truth
+    assert counter.count("ab" * 50) == {"m": 50}  # as many bytes as the context has tokens
+    assert counter.count("ä" * 20) == {"m": 40}
+    assert counter.count("x" * 1000) == {"m": 1000}
