@@ -491,8 +491,11 @@ class ArtifactSpec(_Internal, frozen=True, kw_only=True):
     weights_bytes: int
     kv_bytes_per_token: int
     slots: int
+    """Sequences of `context` tokens whose keys and values are counted in the footprint."""
     context: int
     """Tokens a slot can hold: prompt and answer together."""
+    sequences: int = 0
+    """Most sequences at once in the bytes of all slots, as many as their prompts and answers let; 0 for one a slot."""
     overhead_bytes: int = 0
     """The engine process without weights and KV cache."""
     adapters: list[str] = []
@@ -503,9 +506,22 @@ class ArtifactSpec(_Internal, frozen=True, kw_only=True):
     """sha256 of tokenizer.json: models that share it share their token counts."""
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values an engine may hold."""
+        return self.context * self.slots
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_bytes_per_token * self.kv_tokens
+
+    @property
     def footprint_bytes(self) -> int:
-        held = self.weights_bytes + self.adapter_bytes + self.overhead_bytes
-        return held + self.kv_bytes_per_token * self.context * self.slots
+        return self.weights_bytes + self.adapter_bytes + self.overhead_bytes + self.kv_bytes
+
+    def at_once(self, device: Device) -> int:
+        """Sequences that an engine on `device` takes. On a GPU a row's memory is its own from the start, so that more
+        rows than slots would be more bytes than were counted."""
+        return self.slots if device.kind == "cuda" else max(self.slots, self.sequences)
 
 
 class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):

@@ -96,6 +96,9 @@ class EngineHost:
         self._background: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         spec = start.spec
+        self._at_once = spec.at_once(start.device)
+        self._short = False
+        """Somebody here waits for KV memory: more work is left to others."""
         self._pullers = [
             Puller(
                 bus,
@@ -103,7 +106,7 @@ class EngineHost:
                 durable=subjects.work_durable(spec.name, priority),
                 subject=subjects.work(spec.name, priority),
                 handler=self._on_work,
-                limit=spec.slots,
+                limit=self._at_once,
                 room=self._room if priority == "hi" else self._room_for_one,
                 slack=HELD,
                 ack_wait_s=ACK_WAIT_S,
@@ -177,6 +180,9 @@ class EngineHost:
                 events += [Failed(query_id, failure) for query_id in ids]
             if events:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, events)
+            if self._batcher.short_of_memory != self._short:
+                self._short = not self._short
+                self._loop.call_soon_threadsafe(self._wake)
 
     async def _distribute(self) -> None:
         """Hand each step's events to the queries they belong to: those that ended first, and their claims are on
@@ -208,8 +214,12 @@ class EngineHost:
 
     # --- one piece of work ---
 
+    def _wake(self) -> None:
+        for puller in self._pullers:
+            puller.wake()
+
     def _room(self) -> int:
-        return self._start.spec.slots - self._taken
+        return 0 if self._short else self._at_once - self._taken
 
     def _room_for_one(self) -> int:
         """Low priority asks for one at a time, so that it takes a free slot and never many."""
@@ -229,13 +239,12 @@ class EngineHost:
             with structlog.contextvars.bound_contextvars(query_id=work.query_id):
                 await self._serve(message, work, pulled_at, open_since)
         finally:
-            if self._taken == self._start.spec.slots:
+            if self._taken == self._at_once:
                 self._open_since = self._clock()
             self._taken -= 1
             self._last_used = self._clock()
             self._changed.set()
-            for puller in self._pullers:
-                puller.wake()
+            self._wake()
 
     async def _serve(self, message: Msg, work: m.Work, pulled_at: float, slot_open_at: float) -> None:
         deliveries = message.metadata.num_delivered
@@ -400,7 +409,7 @@ class EngineHost:
             self._report(
                 State(
                     active=self._taken,
-                    held=max(0, self._taken - self._start.spec.slots),
+                    held=max(0, self._taken - self._at_once),
                     tokens_out=self.tokens_out,
                     tpot_s=self._tpot_s,
                     last_used_at=self._last_used,

@@ -196,7 +196,10 @@ class Worker:
             engine = _Engine(
                 spec,
                 m.EngineState(
-                    artifact=spec.name, state="loading", footprint_bytes=spec.footprint_bytes, slots=spec.slots
+                    artifact=spec.name,
+                    state="loading",
+                    footprint_bytes=spec.footprint_bytes,
+                    slots=spec.at_once(self._device),
                 ),
             )
             self._engines[spec.name] = engine

@@ -46,7 +46,9 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     context: Annotated[int, Meta(ge=16)] = 1024
     """Tokens a slot holds, prompt and answer together."""
     slots: Annotated[int, Meta(ge=1, le=256)] = 8
-    """Sequences generated at once."""
+    """Sequences of `context` tokens that there is memory for; as many are generated at once."""
+    sequences: Annotated[int, Meta(ge=1, le=256)] | None = None
+    """Most sequences generated at once in that memory, when they are shorter: at least `slots`, on CPUs."""
     memory: str | int | None = None
     """What one resident copy needs, stated for people who have not pulled the model yet."""
 

@@ -150,7 +150,7 @@ def test_urgent_prompts_are_read_first_and_the_others_are_not_forgotten() -> Non
 
 
 def test_a_sequence_waits_until_its_tokens_fit() -> None:
-    """Rows may be free and memory not; what ends makes room, and kept prefixes give way."""
+    """Rows may be free and memory not; what ends makes room, and kept prefixes stay where both fit."""
     schedule = Schedule(3, compact=True, capacity_tokens=100)
     schedule.add("a", [1] * 20, reserve=60)
     assert schedule.next_prefill()[0] == "a"
@@ -158,11 +158,33 @@ def test_a_sequence_waits_until_its_tokens_fit() -> None:
     schedule.prefilled("a")
     schedule.add("b", [2] * 20, reserve=60)
     assert schedule.next_prefill()[0] is None
+    short = [schedule.short_of_memory]
     schedule.remove("a")
     sequence, moves = schedule.next_prefill()
-    assert sequence == "b"
-    assert schedule.held_tokens <= 100
-    assert not any(isinstance(move, Copy) and move.source != move.target for move in moves)
+    assert (sequence, schedule.held_tokens) == ("b", 60 + 20)
+    assert [*short, schedule.short_of_memory] == [True, False]
+    assert Copy(0, 1, 20) in moves
+    schedule.remove("b")
+    schedule.add("c", [3] * 20, reserve=90)
+    sequence, moves = schedule.next_prefill()
+    assert (sequence, schedule.held_tokens) == ("c", 90)
+    assert not any(isinstance(move, Copy) for move in moves)
+
+
+def test_memory_is_counted_in_whole_pages() -> None:
+    """17 tokens are two pages of 16, for whoever runs and for what is kept."""
+    schedule = Schedule(3, compact=True, capacity_tokens=96, granule=16)
+    for name in "ab":
+        schedule.add(name, [ord(name)] * 16, reserve=33)
+    assert schedule.next_prefill()[0] == "a"
+    schedule.tokens("a").extend([ord("a")] * 16)
+    schedule.prefilled("a")
+    assert schedule.held_tokens == 48
+    assert schedule.next_prefill()[0] == "b"
+    assert schedule.held_tokens == 96
+    schedule.tokens("a").append(1)
+    schedule.remove("a")
+    assert schedule.held_tokens == 32 + 48
 
 
 @given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.integers(0, 2), max_size=20), st.integers(0, 20))

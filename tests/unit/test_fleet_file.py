@@ -124,6 +124,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("==1.0#model.gguf", "", "source =", "not a source", "pypi:PACKAGE==VERSION#FILE"),
         ("quality = 0.5", "max_tokens = 1024", "max_tokens", "no room for a prompt", "max_tokens"),
         ("variants = [", "slots = 0\nvariants = [", "slots = 0", "models[0].slots", "models[0].slots"),
+        ("variants = [", "sequences = 4\nvariants = [", "sequences = 4", "memory for 8 slots unused", "at least 8"),
+        ("variants = [", "sequences = 999\nvariants = [", "sequences = 999", "models[0].sequences", "models[0].seq"),
     ],
 )
 def test_a_mistake_is_answered_with_its_line(old: str, new: str, at: str, message: str, remedy: str) -> None:

@@ -152,6 +152,11 @@ class Batcher:
     def free_slots(self) -> int:
         return self._schedule.free
 
+    @property
+    def short_of_memory(self) -> bool:
+        """Somebody waits for KV memory although there is a row: what is taken in now waits behind it."""
+        return self._schedule.short_of_memory
+
     def add(self, request: Request) -> None:
         """Take a request in; it is prefilled by later steps.
 

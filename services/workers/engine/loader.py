@@ -20,6 +20,7 @@ from services.workers.engine.energy import Meter
 from services.workers.engine.gate import Gate
 from services.workers.engine.lora import AdaptedRunner, Stack, adapted
 from services.workers.engine.runner import ConcatRunner, Runner, SharedKvRunner
+from services.workers.engine.schedule import Schedule
 from services.workers.engine.session import open_session
 from services.workers.engine.text import Text
 from shared.errors import ModelMissing, UnsupportedModel
@@ -73,18 +74,32 @@ def open_model(
 
 
 def start(opened: Opened, meter: Meter, *, clock: Callable[[], float] = time.time, gate: Gate | None = None) -> Batcher:
-    """A batcher over an opened model, with a KV cache of its own."""
+    """A batcher over an opened model, with a KV cache of its own.
+
+    A row a slot, each of which may be full; or, where more sequences are to share the slots' bytes, as many rows as
+    these and as many again to keep prefixes in: on a CPU a row takes memory as it is written, and the schedule sees to
+    it that all together never hold more tokens than the slots.
+    """
     spec, device, session = opened.spec, opened.device, opened.session
+    at_once = spec.at_once(device)
+    shared = at_once > spec.slots
+    rows = at_once + spec.slots if shared else spec.slots
     runner: Runner
     if spec.adapters:
-        runner = AdaptedRunner(session, spec.slots, spec.context, device, opened.stack)
+        runner = AdaptedRunner(session, rows, spec.context, device, opened.stack)
     elif opened.concat:
-        runner = ConcatRunner(session, spec.slots)
+        runner = ConcatRunner(session, rows)
     else:
-        runner = SharedKvRunner(session, spec.slots, spec.context, device)
+        runner = SharedKvRunner(session, rows, spec.context, device)
+    schedule = None
+    if shared:
+        schedule = Schedule(
+            at_once, compact=runner.compact, extra_rows=spec.slots, capacity_tokens=spec.kv_tokens,
+            granule=runner.granule,
+        )  # fmt: skip
     return Batcher(
-        runner, opened.text, slots=spec.slots, context=spec.context, meter=meter, clock=clock,
-        adapters=opened.stack, gate=gate,
+        runner, opened.text, slots=at_once, context=spec.context, meter=meter, clock=clock,
+        schedule=schedule, adapters=opened.stack, gate=gate,
     )  # fmt: skip
 
 

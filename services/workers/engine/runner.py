@@ -24,6 +24,8 @@ class Runner(Protocol):
     vocab: int
     compact: bool
     """Active rows must be 0..n-1; the batcher moves sequences to keep it so."""
+    granule: int
+    """Memory of a row is taken by so many tokens at once."""
 
     def prefill(self, row: int, tokens: list[int], start: int) -> Logits:
         """Read `tokens` into `row` behind its first `start`; logits [vocab] after the last of them."""
@@ -62,6 +64,7 @@ class SharedKvRunner:
         self._positions = "position_ids" in inputs
         shapes = [(int(inputs[name].shape[1]), context, int(inputs[name].shape[3])) for name in past]
         self.cache: Cache = (DeviceCache if on_device else HostCache)(past, rows, shapes, self._dtype, device)
+        self.granule = self.cache.granule
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab = int(logits.shape[-1])
         self._logits_dtype = _DTYPES[logits.type]
@@ -142,6 +145,7 @@ class ConcatRunner:
     """Plain exports, whose present is past and new concatenated: each sequence runs alone on arrays of its own."""
 
     compact = True
+    granule = 1
 
     def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         self._session = session
