@@ -80,8 +80,12 @@ class Settings:
     standby_memory: int = 0
     """Host memory for evicted models that stay loaded, without their KV cache, to be resident again in milliseconds;
     beside the worker's budget. 0 for none."""
+    engine_start: str = "fork"
+    """`fork`: on Linux, engines on CPUs are forked from one process of the host, which has imported everything, and
+    share its memory. `spawn`: each is a process of its own, as elsewhere and on GPUs."""
     spare_engines: int = 1
-    """Engine processes kept started but empty, so that a load need not wait for one; some 40 MB each."""
+    """Where engines are spawned: processes kept started but empty, so that a load need not wait for one; some 40 MB
+    each."""
     power_idle_w: float = 10.0
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0

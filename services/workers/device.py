@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
-import onnxruntime as ort
 import psutil
 
 from shared.errors import DeviceUnavailable
@@ -30,13 +31,12 @@ def probe(settings: Settings) -> Device:
     if wanted == "cpu":
         return _cpu(settings)
     index = int(match[1] or 0) if match else 0
-    provided = _CUDA in ort.get_available_providers()
-    gpu = _gpu(index) if provided else None
-    if gpu is not None:
+    gpu = _gpu(index)
+    if gpu is not None and _provided():
         name, memory = gpu
         return Device(kind="cuda", name=name, index=index, memory_bytes=memory, provider=_CUDA, threads=1)
     if match is not None:
-        reason = "NVML finds no such GPU" if provided else "this ONNX Runtime has no CUDA provider"
+        reason = "NVML finds no such GPU" if _provided() else "this ONNX Runtime has no CUDA provider"
         raise DeviceUnavailable(
             f"CUDA device {index} was asked for: {reason}.",
             "Install the [gpu] extra on a machine with an NVIDIA driver, or set CALM_DEVICE=cpu.",
@@ -61,11 +61,30 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _provided() -> bool:
+    import onnxruntime as ort  # noqa: PLC0415 14 MB of a supervisor, which on a CPU has no use for it
+
+    return _CUDA in ort.get_available_providers()
+
+
+def _driver() -> bool:
+    """Whether there is an NVIDIA driver: elsewhere NVML's bindings need not be imported to find that there is none."""
+    if sys.platform != "linux":
+        return True
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _gpu(index: int) -> tuple[str, int] | None:
     """Name and total memory of the GPU that ONNX Runtime will call `index`, or None.
 
     NVML counts all GPUs of the machine, CUDA those of CUDA_VISIBLE_DEVICES: the list is translated.
     """
+    if not _driver():
+        return None
     import pynvml  # noqa: PLC0415 only useful on machines with a GPU
 
     try:

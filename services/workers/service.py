@@ -17,6 +17,7 @@ import nats.errors
 import structlog
 from nats.aio.msg import Msg
 
+from services.workers import cradle
 from services.workers import device as devices
 from services.workers.children import Child
 from services.workers.energy_keeper import EnergyKeeper, Running
@@ -25,7 +26,7 @@ from services.workers.protocol import Start, State
 from services.workers.reserve import Reserve
 from shared import codec, subjects, tasks
 from shared import messages as m
-from shared.errors import CalmError, OperationTimeout, Overloaded
+from shared.errors import CalmError, OperationTimeout, Overloaded, SettingsInvalid
 from shared.runtime import Context
 from shared.settings import slug
 from shared.views import ModelsView
@@ -77,7 +78,16 @@ class Worker:
         budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
         self._ledger = Ledger(budget)
         standby = self._settings.standby_memory if self._device.kind == "cpu" else 0
-        self._reserve = Reserve(spares=self._settings.spare_engines, standby_bytes=standby, log=self._log)
+        if self._settings.engine_start not in ("fork", "spawn"):
+            raise SettingsInvalid(
+                f"CALM_ENGINE_START={self._settings.engine_start!r} is unknown.", "Use fork or spawn."
+            )
+        # Never with CUDA: a device belongs to the process that opened it.
+        forking = self._settings.engine_start == "fork" and self._device.kind == "cpu" and cradle.possible()
+        self._reserve = Reserve(
+            spares=self._settings.spare_engines, standby_bytes=standby, log=self._log,
+            cradle=cradle.Cradle() if forking else None,
+        )  # fmt: skip
         self._log.info("device", kind=self._device.kind, name=self._device.name, budget_bytes=budget)
         self._energy = EnergyKeeper(
             self._bus, self._settings, self.name, self._device, self._running, clock=self._clock
