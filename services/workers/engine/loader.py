@@ -53,12 +53,10 @@ def open_model(
 
     Raises:
         ModelMissing: the store has no such variant, or not an adapter of it.
-        DeviceUnavailable, UnsupportedModel: see `open_session`.
+        DeviceUnavailable, UnsupportedModel: see `variant_for` and `open_session`.
     """
     began = time.perf_counter()
-    variant = manifest.variant(spec.variant)
-    if variant is None:
-        raise ModelMissing(f"{spec.model} has no variant {spec.variant!r}.", "Pull it with `calm models pull`.")
+    variant = variant_for(manifest, spec.variant, device)
     if variant.layout in ("encoder", "static"):
         raise UnsupportedModel(f"{spec.model} is an embedding model.", "Name a generator in the fleet file.")
     model = folder / variant.path / "model.onnx"
@@ -71,6 +69,35 @@ def open_model(
     text = Text(folder, manifest.tokenizer)
     give_back()
     return Opened(spec, device, session, variant.layout == "concat", text, stack, time.perf_counter() - began)
+
+
+def variant_for(manifest: Manifest, name: str, device: Device) -> Variant:
+    """The variant to run on `device` where the fleet file names `name`: on CUDA its half-precision sibling.
+
+    ONNX Runtime has no float32 kernel of GroupQueryAttention for CUDA: all attention would run on the CPU, and every
+    layer's KV cache travel there and back, without a word said. Plain exports (`concat`) attend by ordinary operators.
+
+    Raises:
+        ModelMissing: the store has no such variant.
+        UnsupportedModel: it cannot run on CUDA, and the store has no sibling that can.
+    """
+    variant = manifest.variant(name)
+    if variant is None:
+        raise ModelMissing(f"{manifest.name} has no variant {name!r}.", "Pull it with `calm models pull`.")
+    kv_dtype = variant.kv_dtype or manifest.architecture.kv_dtype
+    if device.kind != "cuda" or kv_dtype == "float16" or variant.layout not in ("calm", "gqa"):
+        return variant
+    half = "fp16" if name == "fp32" else f"{name}-fp16"
+    sibling = manifest.variant(half)
+    if sibling is not None:
+        return sibling
+    remedy = "Export it in float16"
+    if variant.layout == "calm":
+        remedy = f"Add {half!r} to the model's `variants` in the fleet file and run `calm models pull`"
+    raise UnsupportedModel(
+        f"{manifest.name} {name} attends in float32, for which ONNX Runtime has no CUDA kernel.",
+        f"{remedy}, or set CALM_DEVICE=cpu.",
+    )
 
 
 def start(opened: Opened, meter: Meter, *, clock: Callable[[], float] = time.time, gate: Gate | None = None) -> Batcher:
