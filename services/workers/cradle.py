@@ -17,8 +17,10 @@ import msgspec
 
 import services
 import shared
-from services.workers.nursery import MESSAGE_BYTES, Birth, Born, Died, same_user
-from shared.errors import NotReady
+from services.workers.nursery import MESSAGE_BYTES, Birth, Born, Died, credentials, same_user
+from shared.errors import NotReady, SettingsInvalid
+from shared.messages import Device
+from shared.settings import Settings
 
 FIRST_S = 30.0
 """Within this time the nursery has imported everything and forked."""
@@ -38,6 +40,18 @@ _decode = msgspec.json.Decoder(Born | Died).decode
 def possible() -> bool:
     """Whether engines can be forked on this system at all."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open")
+
+
+def wanted(settings: Settings, device: Device) -> bool:
+    """Whether the engines of a worker are to be forked. Never with CUDA: a device belongs to the process that opened
+    it, and what a library may have begun by being imported there does not survive a fork.
+
+    Raises:
+        SettingsInvalid: `engine_start` is neither `fork` nor `spawn`.
+    """
+    if settings.engine_start not in ("fork", "spawn"):
+        raise SettingsInvalid(f"CALM_ENGINE_START={settings.engine_start!r} is unknown.", "Use `fork` or `spawn`.")
+    return settings.engine_start == "fork" and device.kind == "cpu" and possible()
 
 
 class Forked:
@@ -115,6 +129,11 @@ class Cradle:
                 with contextlib.suppress(ConnectionError):  # it ended with its last worker just then
                     return await self._fork(model)
         raise NotReady("The nursery ends as soon as it is asked.", INSTEAD)
+
+    @property
+    def nursery(self) -> int:
+        """Process id of the nursery; 0 while there is no connection to one."""
+        return credentials(self._socket)[0] if self._socket is not None else 0
 
     def close(self) -> None:
         """Leave the nursery, which ends what engines are left."""

@@ -26,7 +26,7 @@ from services.workers.protocol import Start, State
 from services.workers.reserve import Reserve
 from shared import codec, subjects, tasks
 from shared import messages as m
-from shared.errors import CalmError, OperationTimeout, Overloaded, SettingsInvalid
+from shared.errors import CalmError, OperationTimeout, Overloaded
 from shared.runtime import Context
 from shared.settings import slug
 from shared.views import ModelsView
@@ -78,15 +78,9 @@ class Worker:
         budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
         self._ledger = Ledger(budget)
         standby = self._settings.standby_memory if self._device.kind == "cpu" else 0
-        if self._settings.engine_start not in ("fork", "spawn"):
-            raise SettingsInvalid(
-                f"CALM_ENGINE_START={self._settings.engine_start!r} is unknown.", "Use fork or spawn."
-            )
-        # Never with CUDA: a device belongs to the process that opened it.
-        forking = self._settings.engine_start == "fork" and self._device.kind == "cpu" and cradle.possible()
         self._reserve = Reserve(
             spares=self._settings.spare_engines, standby_bytes=standby, log=self._log,
-            cradle=cradle.Cradle() if forking else None,
+            cradle=cradle.Cradle() if cradle.wanted(self._settings, self._device) else None,
         )  # fmt: skip
         self._log.info("device", kind=self._device.kind, name=self._device.name, budget_bytes=budget)
         self._energy = EnergyKeeper(
