@@ -14,6 +14,11 @@ from shared.errors import SettingsInvalid
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
+PACKED = ".packed"
+"""Folder of the model store for weights that are packed for a kind of CPU."""
+WORTH_PACKING_BYTES = 8 * 2**20
+"""Smaller models are not worth a file."""
+
 _ALSO = {"hub_url": ("HF_ENDPOINT",), "hub_token": ("CALM_HF_TOKEN", "HF_TOKEN")}
 """Variables that are read when a setting's own is not set: what the hub's own tools use."""
 
@@ -76,7 +81,8 @@ class Settings:
     routing; Linux), `nice` (lower priority) or `normal`."""
     weights_cache: str = ""
     """Where engines on CPUs keep weights packed for this CPU, which all engines of the host map and share (about twice
-    the variant's size on disk); `<home>/cache/weights` when not set, `off` for none."""
+    the variant's size on disk); in the model store when not set, or under `<home>/cache/weights` where the store is
+    read-only; `off` for none."""
     standby_memory: int = 0
     """Host memory for evicted models that stay loaded, without their KV cache, to be resident again in milliseconds;
     beside the worker's budget. 0 for none."""
@@ -105,10 +111,13 @@ class Settings:
         return self.models_dir if self.models_dir != Path() else self.home / "models"
 
     @property
-    def weights_path(self) -> Path | None:
+    def weights_paths(self) -> tuple[Path, ...]:
+        """Where packed weights are looked for, and written to where that is possible, in this order."""
         if self.weights_cache == "off":
-            return None
-        return Path(self.weights_cache).expanduser() if self.weights_cache else self.home / "cache" / "weights"
+            return ()
+        if self.weights_cache:
+            return (Path(self.weights_cache).expanduser(),)
+        return self.models_path / PACKED, self.home / "cache" / "weights"
 
     @property
     def database_url(self) -> str:

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,9 @@ class Opened:
 
 
 def open_model(
-    folder: Path, manifest: Manifest, spec: ArtifactSpec, device: Device, *, cache: Path | None = None
+    folder: Path, manifest: Manifest, spec: ArtifactSpec, device: Device, *, caches: Sequence[Path] = ()
 ) -> Opened:
-    """Open the variant that `spec` names from the model's `folder`; engines on a CPU share what is in `cache`.
+    """Open the variant that `spec` names from the model's `folder`; engines on a CPU share what is in `caches`.
 
     Raises:
         ModelMissing: the store has no such variant, or not an adapter of it.
@@ -63,8 +63,8 @@ def open_model(
     stack = _stack(folder.parent, spec, variant)
     graph = adapted(model, stack) if spec.adapters else None
     session = None
-    if cache is not None and graph is None and device.kind == "cpu":
-        session = _shared(cache, spec.name, model, variant.weights_bytes, device)
+    if caches and graph is None and device.kind == "cpu":
+        session = _shared(caches, spec.name, model, variant.weights_bytes, device)
     session = session or open_session(model, device, device.threads, graph=graph)
     text = Text(folder, manifest.tokenizer)
     give_back()
@@ -144,14 +144,21 @@ def measured_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _shared(cache: Path, name: str, model: Path, weights_bytes: int, device: Device) -> ort.InferenceSession | None:
-    """A session over weights that all engines on this host map; None when that cannot be had."""
+def pack(caches: Sequence[Path], name: str, model: Path, weights_bytes: int, device: Device) -> Path | None:
+    """See that the weights of a graph are packed for this CPU; the graph that maps them, or None when it cannot be."""
 
     def make(target: Path) -> None:
         open_session(model, device, device.threads, save_to=target)
         give_back()
 
-    graph = shared_weights.find_or_make(cache, name, model, weights_bytes, make)
+    return shared_weights.find_or_make(caches, name, model, weights_bytes, make)
+
+
+def _shared(
+    caches: Sequence[Path], name: str, model: Path, weights_bytes: int, device: Device
+) -> ort.InferenceSession | None:
+    """A session over weights that all engines on this host map; None when that cannot be had."""
+    graph = pack(caches, name, model, weights_bytes, device)
     if graph is None:
         return None
     try:
