@@ -368,6 +368,8 @@ class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
     """Kept whole, so that any executor can fall back after this attempt without state of its own."""
     adapter: str = ""
     """LoRA adapter of the artifact that the card uses."""
+    prompt_lookup: bool = False
+    """As in the card."""
     stamps: dict[str, float] = {}
 
 
@@ -402,6 +404,10 @@ class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
     """Of the answer's energy, what reading the prompt took; both are 0 where the worker does not know the split."""
     energy_out_j: float = 0.0
     """Of the answer's energy, what writing the answer took."""
+    tokens_drafted: int = 0
+    """Tokens of the answer that were guessed and verified (`prompt_lookup`)."""
+    tokens_accepted: int = 0
+    """Of these, those that were right: each saved a step."""
     rejected: bool = False
     """True for bad input that was never accepted; kept for the statistics only."""
 
@@ -531,6 +537,8 @@ class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
     artifact: ArtifactSpec
     adapter: str = ""
     """LoRA adapter over the artifact; empty for the model as it is."""
+    prompt_lookup: bool = False
+    """Answers mostly repeat pieces of their prompts: guess them, and verify several tokens in one step."""
     description: str
     exemplars: list[str] = []
     domains: dict[str, float] = {}

@@ -18,6 +18,7 @@ from nats.aio.msg import Msg
 from services.workers import timings
 from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finished, Request
 from services.workers.engine.energy import AttributedMeter
+from services.workers.engine.handover import Handover
 from services.workers.protocol import Start, State
 from shared import codec, subjects, tasks
 from shared import messages as m
@@ -83,6 +84,7 @@ class EngineHost:
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
         self._incoming: list[Request] = []
         self._outgoing: list[str] = []
+        self._handover = Handover(self._streamed)
         self._halt = False
         self._thread = threading.Thread(target=self._generate, name="engine", daemon=True)
         self._ready_at = clock()
@@ -167,6 +169,7 @@ class EngineHost:
             events: list[Event] = []
             for query_id in outgoing:
                 self._batcher.cancel(query_id)
+                self._handover.forget(query_id)
             for request in incoming:
                 try:
                     self._batcher.add(request)
@@ -178,8 +181,14 @@ class EngineHost:
                 failure = EngineFailed(f"The engine failed: {error!r}.", "See the worker's log.")
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
-            if events:
-                self._loop.call_soon_threadsafe(self._events.put_nowait, events)
+            passed = self._handover.pass_on(events)
+            if passed:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, passed)
+
+    def _streamed(self, query_id: str) -> bool:
+        """Its client wants the text as it grows."""
+        job = self._jobs.get(query_id)
+        return job is not None and job.work.planned.accepted.query.stream
             if self._batcher.short_of_memory != self._short:
                 self._short = not self._short
                 self._loop.call_soon_threadsafe(self._wake)
@@ -266,6 +275,7 @@ class EngineHost:
             request = Request(
                 work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at,
                 urgent=work.planned.accepted.query.priority == "hi", adapter=work.adapter,
+                prompt_lookup=work.prompt_lookup,
             )  # fmt: skip
             self._submit(request)
             end = await self._stream(job)
@@ -351,6 +361,8 @@ class EngineHost:
             batch_mean=end.batch_mean,
             energy_in_j=end.energy_in_j,
             energy_out_j=end.energy_out_j,
+            tokens_drafted=end.tokens_drafted,
+            tokens_accepted=end.tokens_accepted,
         )
         await self._bus.finish(done, resend=resend)
         self.tokens_in += end.tokens_in

@@ -72,6 +72,9 @@ class CardSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     variant: Slug
     adapter: Slug | None = None
     """Answer with this adapter over the model; cards over one variant share its memory whatever their adapters."""
+    prompt_lookup: bool = False
+    """For cards whose answers repeat their prompts (editing, extracting, summing up): tokens are guessed out of the
+    prompt and several verified in one step. The answers are the same."""
     description: Annotated[str, Meta(min_length=1)]
     exemplars: list[str] = []
     domains: dict[str, Share] = {}

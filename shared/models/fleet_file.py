@@ -159,6 +159,7 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
                 name=card.name,
                 artifact=spec,
                 adapter=card.adapter or "",
+                prompt_lookup=card.prompt_lookup,
                 description=card.description,
                 exemplars=card.exemplars,
                 domains=card.domains,

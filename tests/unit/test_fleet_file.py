@@ -204,6 +204,18 @@ def test_cards_carry_what_the_store_knows() -> None:
     assert set(specs) == {"small-int8", "small-fp32"}
 
 
+def test_memory_and_guessing_are_as_the_file_says() -> None:
+    """`sequences` shares the slots' bytes and adds none; `prompt_lookup` is the card's."""
+    plain = fleet_file.cards(fleet_file.parse_fleet(GOOD, "f"), _Store("int8", "fp32"))[0]
+    text = GOOD.replace("variants = [", "sequences = 24\nvariants = [", 1).replace(
+        "quality = 0.5", "quality = 0.5\nprompt_lookup = true", 1
+    )
+    shared = fleet_file.cards(fleet_file.parse_fleet(text, "f"), _Store("int8", "fp32"))[0]
+    assert (plain.artifact.sequences, shared.artifact.sequences) == (0, 24)
+    assert plain.artifact.footprint_bytes == shared.artifact.footprint_bytes
+    assert (plain.prompt_lookup, shared.prompt_lookup) == (False, True)
+
+
 @pytest.mark.parametrize("variants", [(), ("int8",)])
 def test_a_missing_model_or_variant_says_how_to_get_it(variants: tuple[str, ...]) -> None:
     """What the store lacks is fetched with `calm models pull`."""
