@@ -715,7 +715,7 @@ class EnergyAccount(_Internal, frozen=True, kw_only=True):
     """Of the answers that its engines finished."""
     tokens_out: int = 0
     answers: int = 0
-    """From here on only in `energy_reports.v1`: what the answers' own figures add up to."""
+    """From here on only in `energy_reports.v1`: what the figures of the answers up to the report's `at` add up to."""
     answers_j: float = 0.0
 
 
@@ -729,6 +729,7 @@ class EnergyReport(_Internal, frozen=True, kw_only=True, tag="energy_report.v1")
     """`model`: every figure is estimated from stated powers."""
     started_at: float = 0.0
     at: float = 0.0
+    """Whatever ended by then is in the accounts with all that it took; later work may be, in part."""
     elapsed_s: float = 0.0
     total_j: float = 0.0
     """By the meter; all other joules here add up to it."""
