@@ -674,6 +674,10 @@ class Operation(_Internal, frozen=True, kw_only=True, tag="operation.v1"):
     seconds: float = 0.0
     bytes: int = 0
     """Footprint taken or given back."""
+    held_bytes: int = 0
+    """Measured memory of the engine: after a load, or before an evict."""
+    freed_bytes: int = 0
+    """Of these, what an evict gave back, measured."""
     at: float = 0.0
 
 
@@ -685,6 +689,8 @@ class WorkerReply(_Internal, frozen=True, kw_only=True, tag="worker_reply.v1"):
     failure: Failure | None = None
     seconds: float = 0.0
     bytes: int = 0
+    held_bytes: int = 0
+    freed_bytes: int = 0
 
 
 class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):

@@ -45,6 +45,17 @@ class _Engine:
     draining: bool = False
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a load or an evict came to, in bytes."""
+
+    footprint_bytes: int = 0
+    held_bytes: int = 0
+    """Measured memory of the engine: after a load, or before an evict."""
+    freed_bytes: int = 0
+    """Of these, what came back, measured."""
+
+
 class Worker:
     """One device, its memory budget, and an engine process per resident artifact."""
 
@@ -172,10 +183,10 @@ class Worker:
 
     async def _run(self, command: m.Load | m.Evict) -> m.WorkerReply:
         began = time.perf_counter()
-        size, failure = 0, None
+        done, failure = _Outcome(), None
         with structlog.contextvars.bound_contextvars(op_id=command.op_id):
             try:
-                size = await (self._load(command) if isinstance(command, m.Load) else self._evict(command))
+                done = await (self._load(command) if isinstance(command, m.Load) else self._evict(command))
             except CalmError as error:
                 failure = codec.failure_of(error)
                 self._log.warning("operation_failed", code=error.code, error=str(error))
@@ -184,10 +195,12 @@ class Worker:
             ok=failure is None,
             failure=failure,
             seconds=time.perf_counter() - began,
-            bytes=size,
+            bytes=done.footprint_bytes,
+            held_bytes=done.held_bytes,
+            freed_bytes=done.freed_bytes,
         )
 
-    async def _load(self, command: m.Load) -> int:
+    async def _load(self, command: m.Load) -> _Outcome:
         spec = command.spec
         await self._await_others(command)
         async with self._locks.setdefault(spec.name, asyncio.Lock()):
@@ -195,7 +208,7 @@ class Worker:
                 raise Overloaded("The worker is leaving.", "Use another worker.")
             engine = self._engines.get(spec.name)
             if engine is not None and engine.state.state == "ready":
-                return spec.footprint_bytes
+                return _Outcome(spec.footprint_bytes, engine.state.measured_bytes)
             self._ledger.reserve(spec.name, spec.footprint_bytes)
             engine = _Engine(
                 spec,
@@ -217,7 +230,7 @@ class Worker:
                     await engine.child.ended.wait()
                 self._forget(spec.name)
                 raise
-        return spec.footprint_bytes
+        return _Outcome(spec.footprint_bytes, engine.state.measured_bytes)
 
     async def _bring_up(self, engine: _Engine, expires_at: float) -> None:
         spec = engine.spec
@@ -245,11 +258,11 @@ class Worker:
         self._tasks.add(watch)
         watch.add_done_callback(self._tasks.discard)
 
-    async def _evict(self, command: m.Evict) -> int:
+    async def _evict(self, command: m.Evict) -> _Outcome:
         async with self._locks.setdefault(command.artifact, asyncio.Lock()):
             engine = self._engines.get(command.artifact)
             if engine is None or engine.child is None:
-                return 0
+                return _Outcome()
             engine.draining = True
             engine.state = msgspec.structs.replace(engine.state, state="draining")
             await self._publish()
@@ -262,7 +275,7 @@ class Worker:
                 standby_bytes=kept,
             )  # fmt: skip
             await self._publish()
-            return size
+            return _Outcome(size, before, freed)
 
     async def _await_others(self, command: m.Load) -> None:
         """Wait for the operations that must have ended first; one that is not known here has."""
