@@ -184,14 +184,14 @@ class EngineHost:
             passed = self._handover.pass_on(events)
             if passed:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, passed)
+            if self._batcher.short_of_memory != self._short:
+                self._short = not self._short
+                self._loop.call_soon_threadsafe(self._wake)
 
     def _streamed(self, query_id: str) -> bool:
         """Its client wants the text as it grows."""
         job = self._jobs.get(query_id)
         return job is not None and job.work.planned.accepted.query.stream
-            if self._batcher.short_of_memory != self._short:
-                self._short = not self._short
-                self._loop.call_soon_threadsafe(self._wake)
 
     async def _distribute(self) -> None:
         """Hand each step's events to the queries they belong to: those that ended first, and their claims are on
