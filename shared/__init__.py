@@ -8,3 +8,5 @@ setting the variable to 0.
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# CUDA numbers GPUs by their speed unless told otherwise; NVML and nvidia-smi by their place on the bus.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -430,6 +430,8 @@ class Device(_Internal, frozen=True, kw_only=True):
     kind: Literal["cpu", "cuda"]
     name: str
     index: int = 0
+    uuid: str = ""
+    """Of a GPU, or of a slice of one (MIG): unique whatever the host. Empty for a CPU."""
     memory_bytes: int = 0
     """Total memory of the device (host memory for a CPU)."""
     provider: str = "CPUExecutionProvider"

@@ -72,6 +72,8 @@ class Settings:
     """Name of a worker: a slug; made from host name and process id when not set."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    cuda_visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES as CUDA itself reads it, with no variable of ours: empty hides all GPUs, None is not set."""
     worker_memory: int = 0
     """Budget of a worker in bytes (`1500 MB` is understood); 0 takes the fleet file's, else 80 % of the device."""
     threads: int = 0
@@ -136,7 +138,10 @@ class Settings:
         """
         environ = os.environ if environ is None else environ
         values: dict[str, object] = {}
+        values["cuda_visible_devices"] = environ.get("CUDA_VISIBLE_DEVICES")
         for name, default in cls.defaults().items():
+            if name == "cuda_visible_devices":
+                continue
             variable = f"CALM_{name.upper()}"
             variable = next((v for v in (variable, *_ALSO.get(name, ())) if environ.get(v)), variable)
             text = environ.get(variable, "")

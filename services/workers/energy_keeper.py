@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -94,7 +93,7 @@ class EnergyKeeper:
         self._cores = 0.0
         self._meter = meter or choose_meter(
             device, settings.power_idle_w, settings.power_core_w, core_s=lambda: self._cores,
-            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            visible=settings.cuda_visible_devices,
         )  # fmt: skip
         estimated = self._meter.source == "model"
         self._idle_w: float | None = settings.power_idle_w if estimated else None

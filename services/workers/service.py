@@ -17,7 +17,7 @@ import nats.errors
 import structlog
 from nats.aio.msg import Msg
 
-from services.workers import cradle
+from services.workers import cradle, sole
 from services.workers import device as devices
 from services.workers.children import Child
 from services.workers.energy_keeper import EnergyKeeper, Running
@@ -27,6 +27,7 @@ from services.workers.reserve import Reserve
 from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.errors import CalmError, OperationTimeout, Overloaded
+from shared.lease import Lease
 from shared.runtime import Context
 from shared.settings import slug
 from shared.views import ModelsView
@@ -68,6 +69,7 @@ class Worker:
         self.name = slug(context.settings.worker_id or context.settings.name)
         self._models = ModelsView(self._bus)
         self._device: m.Device
+        self._claim: Lease | None = None
         self._ledger: Ledger
         self._energy: EnergyKeeper
         self._engines: dict[str, _Engine] = {}
@@ -84,6 +86,7 @@ class Worker:
 
     async def start(self) -> None:
         self._device = await asyncio.to_thread(devices.probe, self._settings)
+        self._claim = await sole.claim(self._bus, self._device, self.name)
         await self._models.start()
         budget = self._settings.worker_memory or await self._budget_of_fleet()
         budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
@@ -119,6 +122,8 @@ class Worker:
         with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self._bus.nc.request(key, b"", timeout=1, headers={"KV-Operation": "DEL"})
         await tasks.end([*self._tasks, *self._operations.values()])
+        if self._claim is not None:
+            await self._claim.stop()
 
     async def _budget_of_fleet(self) -> int:
         with contextlib.suppress(TimeoutError):

@@ -35,6 +35,14 @@ class FakeNvml:
         self.asked.append(index)
         return f"handle-{index}"
 
+    NVMLError = RuntimeError
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 8
+
+    def nvmlDeviceGetMigMode(self, _handle: str) -> list[int]:  # noqa: N802
+        raise RuntimeError("Not Supported")
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
         self.asked.append(uuid)
         return uuid
@@ -205,9 +213,9 @@ def test_the_counter_s_device_is_the_one_that_cuda_means() -> None:
     """CUDA_VISIBLE_DEVICES is translated, by number and UUID; a device without a counter is estimated."""
     nvml = FakeNvml(millijoules=2500)
     assert NvmlMeter(1, nvml, "2,3").read_j() == 2.5
-    assert NvmlMeter(0, nvml, "GPU-abc").read_j() == 2.5
+    assert NvmlMeter(0, nvml, "MIG-abc").read_j() == 2.5
     assert NvmlMeter(1, nvml).read_j() == 2.5
-    assert [a for a in nvml.asked if a != "init"] == [3, "GPU-abc", 1]
+    assert [a for a in nvml.asked if a != "init"] == [2, 3, "MIG-abc", 1]
     assert isinstance(choose_meter(GPU, 1.0, 1.0, nvml=FakeNvml(counts=False)), ModelMeter)
     assert isinstance(choose_meter(GPU, 1.0, 1.0, nvml=nvml, visible="7"), NvmlMeter)
 
