@@ -73,6 +73,6 @@ def open_session(
 
 
 def cuda_options(device: Device) -> dict[str, str]:
-    """The CUDA provider's options. Its arena grows by what is asked for: by default it doubles, and nobody has counted what
-    it then takes beyond the need."""
+    """The CUDA provider's options. Its arena grows by what is asked for: by default it doubles, and what it then takes
+    beyond the need has been counted nowhere."""
     return {"device_id": str(device.index), "arena_extend_strategy": "kSameAsRequested"}
