@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import struct
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.workers.engine.batcher import Batcher, Finished, Request
+from services.workers.engine.cache import HostCache
 from services.workers.engine.energy import ModelMeter
 from services.workers.engine.loader import Opened, open_model, start
 from services.workers.engine.schedule import Schedule
@@ -116,3 +120,35 @@ def test_a_gpu_takes_a_sequence_a_slot(opened: Opened) -> None:
     """Rows on a device are allocated whole: more of them than slots would be bytes that nobody counted."""
     assert (opened.spec.at_once(CPU), opened.spec.at_once(GPU)) == (SEQUENCES, SLOTS)
     assert msgspec.structs.replace(opened.spec, sequences=0).at_once(CPU) == SLOTS
+
+
+def _committed_tokens(batcher: Batcher) -> int:
+    """Tokens that the KV cache's resident pages hold, as the kernel counts them."""
+    cache = batcher._runner.cache  # type: ignore[attr-defined]
+    assert isinstance(cache, HostCache)
+    pages = 0
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        for array in cache._arrays.values():
+            first, count = int(array.ctypes.data) // mmap.PAGESIZE, array.nbytes // mmap.PAGESIZE
+            pagemap.seek(8 * first)
+            pages += sum(entry >> 63 for entry in struct.unpack(f"{count}Q", pagemap.read(8 * count)))
+    heads = sum(array.shape[1] for array in cache._arrays.values())
+    return int(pages * cache.granule // heads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="asks Linux")
+def test_the_kernel_has_committed_no_more_than_was_counted(opened: Opened) -> None:
+    """Resident pages of all rows together stay within the slots' bytes while short and long sequences come and go."""
+    batcher, schedule = engine(opened)
+    for number in range(24):
+        long = number % 6 == 3
+        prompt = [10 + (7 * number + i) % 200 for i in range(180 if long else 5 + 3 * number)]
+        batcher.add(request(f"r{number}", prompt, 30 if long else 4 + number % 9))
+    most = 0
+    while batcher.active:
+        batcher.step()
+        committed = _committed_tokens(batcher)
+        assert committed <= opened.spec.kv_tokens
+        assert committed <= schedule.held_tokens or batcher._moves  # what an end left to release, the next step does
+        most = max(most, committed)
+    assert opened.spec.kv_tokens / 2 < most <= opened.spec.kv_tokens
