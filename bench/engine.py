@@ -8,7 +8,6 @@ memory-bandwidth limit, a long prompt that arrives among running streams, and a 
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from bench import peers as peers_module
 from bench.bandwidth import read_bytes_per_s
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Delta, Finished, Request
@@ -29,6 +29,9 @@ from shared.models.store import ModelStore
 from shared.settings import Settings
 
 STALL_LIMIT = 4.0
+LEAST = {"decode at one": {"onnxruntime-genai": 1.0, "llama.cpp": 1.25}, "prefill": {"onnxruntime-genai": 1.0}}
+"""Ratios to the peers that are wanted; at several sequences 1.1 of each."""
+LEAST_AT_MANY = 1.1
 
 
 class Subject:
@@ -152,7 +155,8 @@ def stall(subject: Subject, streams: int, long: int) -> dict[str, float]:
     median = statistics.median(before)
     return {
         "streams": streams, "prompt_tokens": long, "median_gap_before_s": median,
-        "median_gap_s": statistics.median(gaps), "longest_gap_s": max(gaps),
+        "median_gap_s": statistics.median(gaps), "p95_gap_s": statistics.quantiles(gaps, n=20)[-1],
+        "longest_gap_s": max(gaps),
         "longest_over_median": max(gaps) / median, "ttft_s": first_at - arrived_at,
     }  # fmt: skip
 
@@ -186,14 +190,35 @@ def second_turn(subject: Subject, tokens: int) -> dict[str, float]:
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of the peers that are installed, as `bench.peers` gives them; empty without."""
-    try:
-        measure_peers = importlib.import_module("bench.peers").measure
-    except (ImportError, AttributeError):
-        return {}
-    figures: dict[str, Any] = measure_peers(
-        threads=arguments.threads, prompt_tokens=arguments.prompt_tokens, tokens=arguments.tokens, rows=arguments.rows
-    )
+    models = peers_module.default_models(arguments.peers, arguments.store)
+    figures: dict[str, Any] = peers_module.measure(
+        threads=arguments.threads, prompt_tokens=arguments.prompt_tokens, tokens=arguments.tokens, rows=arguments.rows,
+        prefill_tokens=arguments.prefill_tokens, python=arguments.peers / "peers/bin/python", models=models,
+    )  # fmt: skip
+    if figures:
+        peers_module.print_figures(figures, "peers, tokens/s", arguments.prefill_tokens)
     return figures
+
+
+def against_peers(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Our figures over each peer's, of llama.cpp's builds the quicker one's, and what is wanted."""
+    figures = result["peers"]
+    rows = sorted(result["decode"], key=int)
+    ours = {f"decode at {'one' if row == '1' else row}": result["decode"][row]["engine_tokens_per_s"] for row in rows}
+    ours["prefill"] = result["prefill"]["engine_tokens_per_s"]
+    ratios = []
+    for task, row in zip(ours, [*rows, "prefill"], strict=True):
+        best: dict[str, float] = {}
+        for peer, by in figures.items():
+            theirs = by[row]["tokens_per_s" if row == "prefill" else "decode_tokens_per_s"]
+            family = peer.split(" ")[0]
+            best[family] = max(best.get(family, 0.0), theirs)
+        for family, theirs in best.items():
+            least = LEAST.get(task, {}).get(family)
+            if row not in ("1", "prefill"):
+                least = LEAST_AT_MANY
+            ratios.append({"task": task, "peer": family, "ratio": ours[task] / theirs, "wanted": least})
+    return ratios
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -221,16 +246,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     result["prefill"] = figures = prefill(subject, arguments)
     print_table("prefill, tokens/s", tuple(figures), [list(figures.values())])
-    result["stall"] = figures = stall(subject, arguments.streams, arguments.long_prompt)
-    print_table("a long prompt among running streams, seconds", tuple(figures), [list(figures.values())])
-    verdict = "holds" if figures["longest_over_median"] < STALL_LIMIT else "DOES NOT HOLD"
-    print(f"longest gap under {STALL_LIMIT:.0f} times the median before the prompt came: {verdict}")
+    stalls = [stall(subject, arguments.streams, arguments.long_prompt) for _ in range(arguments.stalls)]
+    result["stall"] = stalls
+    print_table("a long prompt among running streams, seconds", tuple(stalls[0]), [list(s.values()) for s in stalls])
+    held = sum(s["longest_over_median"] < STALL_LIMIT for s in stalls)
+    print(f"longest gap under {STALL_LIMIT:.0f} times the median before the prompt came: {held} of {len(stalls)} times")
     result["second_turn"] = figures = second_turn(subject, 600)
     print_table("second turn of a conversation, time to first token", tuple(figures), [list(figures.values())])
 
     result["peers"] = peers(arguments)
     if not result["peers"]:
         print("\npeers: none installed (bench/peers.py says how)")
+        return result
+    result["against_peers"] = ratios = against_peers(result)
+    table = [[f"{r['task']}, {r['peer']}", r["ratio"], r["wanted"] or ""] for r in ratios]
+    print_table("ours over the peer's (of llama.cpp the quicker file)", ("", "ratio", "wanted"), table)
     return result
 
 
@@ -259,7 +289,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--streams", type=int, default=7)
     parser.add_argument("--long-prompt", type=int, default=1500)
+    parser.add_argument("--stalls", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--peers", type=Path, default=peers_module.PEERS, help="where bench/peers.py's commands put them"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     result = measure(arguments)

@@ -1,19 +1,23 @@
 """What a model costs in memory, what an evict gives back, what processes share, and how long loads take.
 
-`python -m bench.memory [--json FILE]`: engine processes as a worker starts them, a real broker, and the kernel's own
-figures (proportional set size: a page that n processes share counts 1/n in each).
+`python -m bench.memory [--json FILE]`: real workers, engine processes as a worker starts them, a real broker, and the
+kernel's own figures (proportional set size: a page that n processes share counts 1/n in each). The memory of workers is
+that of every process they have: supervisors, engines, spares, and the nursery that engines are forked from.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +27,25 @@ import psutil
 
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.children import Child
+from services.workers.cradle import Cradle, possible
 from services.workers.engine.cache import HostCache
 from services.workers.engine.loader import give_back
 from services.workers.engine.schedule import Release
 from services.workers.protocol import Ready, Start
 from shared import messages as m
+from shared import subjects
 from shared.broker import Broker
 from shared.bus import Bus
+from shared.errors import BusUnavailable
 from shared.models.store import ModelStore
 from shared.settings import Settings
 
 TIMEOUT_S = 60.0
-SETTLE_S = 8.0
-"""A worker has started and registered by then."""
+SETTLE_S = 2.0
+"""After a load: what it needed for the while is given back by then."""
 MB = 1e6
+ALONE = {"CALM_WEIGHTS_CACHE": "off", "CALM_ENGINE_START": "spawn"}
+"""Settings under which processes share no more than any two of the same program do."""
 
 
 class Bench:
@@ -47,15 +56,20 @@ class Bench:
         self.spec = spec
         self.device = m.Device(kind="cpu", name="cpu", threads=threads)
         self.name = 0
+        self.cradle = Cradle() if settings.engine_start == "fork" and possible() else None
+
+    async def new(self) -> Child:
+        """A new engine process, as a worker on a CPU gets one."""
+        return await Child.fork(self.cradle, self.spec.model) if self.cradle is not None else await Child.spawn()
 
     async def spare(self) -> Child:
         """A started engine that has imported everything and waits."""
-        child = await Child.spawn()
+        child = await self.new()
         before = -1.0
         while True:  # it says nothing until it is told something: it waits when it uses no more processor time
             await asyncio.sleep(0.3)
             now = psutil.Process(child.pid).cpu_times().user
-            if now == before and now > 0:
+            if now == before and (now > 0 or self.cradle is not None):
                 return child
             before = now
 
@@ -94,11 +108,23 @@ def kv_bytes(store: ModelStore, spec: m.ArtifactSpec) -> dict[str, float]:
 
 async def loads(bench: Bench, repeats: int) -> dict[str, float]:
     """Medians of load times, and what evicting gives back."""
-    seconds: dict[str, list[float]] = {"process_s": [], "cold_s": [], "standby_s": [], "evict_s": [], "given_back": []}
+    seconds: dict[str, list[float]] = {
+        "process_s": [],
+        "new_s": [],
+        "cold_s": [],
+        "standby_s": [],
+        "evict_s": [],
+        "given_back": [],
+    }
     standby: list[int] = []
     for _ in range(repeats):
         fresh = await Child.spawn()
-        seconds["process_s"].append((await bench.load(fresh))[0])  # the start of the process included
+        seconds["process_s"].append((await bench.load(fresh))[0])  # the start of a process of its own included
+        await fresh.drain(1.0)
+        began = time.perf_counter()
+        fresh = await bench.new()
+        await bench.load(fresh)
+        seconds["new_s"].append(time.perf_counter() - began)
         await fresh.drain(1.0)
 
         child = await bench.spare()
@@ -115,37 +141,62 @@ async def loads(bench: Bench, repeats: int) -> dict[str, float]:
     return {**figures, "spare_bytes": float(idle), "loaded_bytes": float(loaded), "standby_bytes": float(standby[-1])}
 
 
-async def sharing(bench: Bench, processes: int, *, shared: bool) -> dict[str, float]:
-    """Memory of one engine alone, and of several with the same model, all of it."""
-    os.environ["CALM_WEIGHTS_CACHE"] = str(bench.settings.weights_path) if shared else "off"
-    children: list[Child] = []
+async def workers(settings: Settings, bus: Bus, spec: m.ArtifactSpec, count: int, extra: dict[str, str]) -> list[float]:
+    """Memory of one worker that serves the model, of two, and so on to `count`: all their processes."""
+    marker = f"bench-{uuid.uuid4().hex}"
+    environ = {
+        **os.environ, **extra, "CALM_DEVICE": "cpu", "CALM_WORKER_MEMORY": str(2 * spec.footprint_bytes),
+        "CALM_BENCH": marker,
+    }  # fmt: skip
     totals: list[float] = []
-    for _ in range(processes):
-        child = await Child.spawn()
-        await bench.load(child)
-        children.append(child)
-        totals.append(float(sum(c.memory_bytes() for c in children)))
-    await asyncio.gather(*(child.drain(1.0) for child in children))
-    return {"one_bytes": totals[0], "all_bytes": totals[-1], "ratio": totals[-1] / totals[0]}
+    started: list[asyncio.subprocess.Process] = []
+    try:
+        for index in range(count):
+            name = f"m{index}"
+            started.append(
+                await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "services.workers", env={**environ, "CALM_WORKER_ID": name},
+                    stdout=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+            await load_on(bus, name, spec)
+            await asyncio.sleep(SETTLE_S)
+            totals.append(float(sum(memory_of(p) for p in marked(marker))))
+    finally:
+        for process in started:
+            process.terminate()
+        await asyncio.gather(*(process.wait() for process in started))
+    return totals
 
 
-async def workers(settings: Settings, count: int) -> float:
-    """Memory of so many worker supervisors without engines, measured once they have settled."""
-    environ = {**os.environ, "CALM_SPARE_ENGINES": "0"}
-    processes = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.workers",
-            env={**environ, "CALM_WORKER_ID": f"m{i}", "CALM_HOME": str(settings.home), "CALM_DEVICE": "cpu"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for i in range(count)
-    ]  # fmt: skip
-    await asyncio.sleep(SETTLE_S)
-    total = float(sum(psutil.Process(p.pid).memory_full_info().pss for p in processes))
-    for process in processes:
-        process.terminate()
-    await asyncio.gather(*(process.wait() for process in processes))
-    return total
+async def load_on(bus: Bus, worker: str, spec: m.ArtifactSpec) -> None:
+    """Have a worker load an artifact, as an executor would, as soon as it listens."""
+    command = m.Load(
+        op_id=uuid.uuid4().hex, worker=worker, spec=spec, reason="bench", expires_at=time.time() + TIMEOUT_S
+    )  # fmt: skip
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            try:
+                reply = await bus.ask(subjects.worker_request(worker, "load"), command, m.WorkerReply, TIMEOUT_S)
+                break
+            except BusUnavailable:
+                await asyncio.sleep(0.1)
+    if not reply.ok:
+        raise RuntimeError(f"{worker} did not load {spec.name}: {reply.failure}")
+
+
+def marked(marker: str) -> Iterator[psutil.Process]:
+    """Processes that were started, or forked from one that was started, with the marker in their environment."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("CALM_BENCH") == marker:
+                yield process
+
+
+def memory_of(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_full_info().pss)
+    return 0
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,13 +222,13 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             bench = Bench(settings, spec, arguments.threads)
             result["weights_bytes"] = variant.weights_bytes
             result["kv_slot"] = kv_bytes(store, spec)
-            first, _ = await bench.load(child := await Child.spawn())  # packs the weights, once per host
+            first, _ = await bench.load(child := await bench.new())  # packs the weights, once per host
             await child.drain(1.0)
             result["loads"] = {"first_on_host_s": first, **await loads(bench, arguments.repeats)}
-            result["shared"] = await sharing(bench, arguments.workers, shared=True)
-            result["unshared"] = await sharing(bench, arguments.workers, shared=False)
-            one, many = await workers(settings, 1), await workers(settings, arguments.workers)
-            result["supervisors"] = {"one_bytes": one, "all_bytes": many}
+            if bench.cradle is not None:
+                bench.cradle.close()
+            for name, extra in (("shared", {}), ("alone", ALONE)):
+                result[name] = {"bytes": await workers(settings, bus, spec, arguments.workers, extra)}
         finally:
             await bus.close()
             await broker.stop()
@@ -193,22 +244,20 @@ def show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
         f"a KV slot as measured: {kv['empty_bytes'] / MB:.1f} MB empty, {kv['full_bytes'] / MB:.1f} MB full,"
         f" {kv['given_back']:.3f} of it given back"
     )
-    names = ("first on host", "process start included", "cold, from a spare", "from standby", "evict")
-    keys = ("first_on_host_s", "process_s", "cold_s", "standby_s", "evict_s")
+    names = ("first on host", "spawned", "forked", "cold, process waiting", "from standby", "evict")
+    keys = ("first_on_host_s", "process_s", "new_s", "cold_s", "standby_s", "evict_s")
     print_table("seconds", names, [[times[key] for key in keys]])
     print(
-        f"memory: spare {times['spare_bytes'] / MB:.0f} MB, loaded {times['loaded_bytes'] / MB:.0f} MB,"
+        f"memory: waiting {times['spare_bytes'] / MB:.0f} MB, loaded {times['loaded_bytes'] / MB:.0f} MB,"
         f" standby {times['standby_bytes'] / MB:.0f} MB; an evict gives back {times['given_back']:.3f}"
     )
-    extra = result["supervisors"]
     rows = []
-    for name in ("shared", "unshared"):
-        figures = result[name]
-        one, many = figures["one_bytes"] + extra["one_bytes"], figures["all_bytes"] + extra["all_bytes"]
-        figures["with_supervisors_ratio"] = many / one
-        rows.append([name, figures["one_bytes"] / MB, figures["all_bytes"] / MB, figures["ratio"], many / one])
-    columns = ("weights", "one engine, MB", f"{arguments.workers} engines, MB", "ratio", "ratio of whole workers")
-    print_table("engines with the same model on one host", columns, rows)
+    for name in ("shared", "alone"):
+        totals = result[name]["bytes"]
+        result[name]["ratio"] = totals[-1] / totals[0]
+        rows.append([name, totals[0] / MB, totals[-1] / MB, totals[-1] / totals[0]])
+    columns = ("processes", "one worker, MB", f"{arguments.workers} workers, MB", "ratio")
+    print_table("workers with the same model on one host, all their processes", columns, rows)
 
 
 def main() -> None:

@@ -6,10 +6,13 @@ Peers are installed for benchmarks only, into an environment of their own:
     .calm/peers/bin/pip install torch==2.13.0 transformers onnx onnx-ir    # only to build the int8 model
     python -m bench.peers --export .calm/hf [--model smollm2-135m]         # the GGUF's weights as a Hugging Face folder
     .calm/peers/bin/python -m onnxruntime_genai.models.builder -m .calm/hf -o .calm/genai-int8 -p int8 -e cpu -c .calm/c
-    python -m bench.peers --python .calm/peers/bin/python --genai .calm/genai-int8 [--json FILE]
+    python -m bench.peers --q8 .calm/q8.gguf                               # the same weights in Q8_0, for llama.cpp
+    python -m bench.peers [--json FILE]
 
 Its own int8 build has the very weights of the GGUF file, rounded by its own model builder. llama.cpp reads the GGUF as
-it is. Each peer runs in a process of its own; what is not there is left out.
+it is, and, once `--q8 .calm/q8.gguf` has written it, the same weights in Q8_0: the quicker of the two is to compare
+with. Prompts have the same lengths for everyone: decoding starts behind `--prompt-tokens`, and prefill is measured on
+`--prefill-tokens`. Each peer runs in a process of its own; what is not there is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ _TIMEOUT_S = 600.0
 
 
 def genai(folder: str, threads: int, prompt: list[int], tokens: int, rows: int, repeats: int) -> dict[str, float]:
-    """onnxruntime-genai's generator, greedy: prefill of one prompt and decode of `rows` equal ones, tokens/s in all."""
+    """onnxruntime-genai's generator, greedy: prefill and decode of `rows` equal prompts, tokens/s in all."""
     import onnxruntime_genai as og  # noqa: PLC0415 lives in the peers' environment alone
 
     config = og.Config(folder)
@@ -80,7 +83,7 @@ def llama_cpp(file: str, threads: int, prompt: list[int], tokens: int, rows: int
     return {"prefill_tokens_per_s": statistics.median(reads[1:]), "decode_tokens_per_s": statistics.median(steps[1:])}
 
 
-PEER = {"onnxruntime-genai": genai, "llama.cpp": llama_cpp}
+PEER = {"onnxruntime-genai": genai, "llama.cpp": llama_cpp, "llama.cpp Q8_0": llama_cpp}
 
 
 def measure(
@@ -89,6 +92,7 @@ def measure(
     prompt_tokens: int,
     tokens: int,
     rows: list[int],
+    prefill_tokens: int = 512,
     repeats: int = 5,
     python: Path = PEERS / "peers/bin/python",
     models: dict[str, str] | None = None,
@@ -100,7 +104,7 @@ def measure(
     for peer, model in (models or default_models()).items():
         job = {
             "peer": peer, "model": model, "threads": threads, "prompt_tokens": prompt_tokens, "tokens": tokens,
-            "rows": rows, "repeats": repeats,
+            "rows": rows, "prefill_tokens": prefill_tokens, "repeats": repeats,
         }  # fmt: skip
         command = [str(python), str(Path(__file__).resolve()), "--job", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -112,11 +116,26 @@ def measure(
     return figures
 
 
-def default_models() -> dict[str, str]:
+def print_figures(figures: dict[str, Any], title: str, prefill_tokens: int) -> None:
+    """One line for each peer: decode by number of sequences, and prefill."""
+    from bench.report import print_table  # noqa: PLC0415 the peers' environment has no CALM
+
+    counts = [count for count in next(iter(figures.values()), {}) if count != "prefill"]
+    rows = [
+        [peer, *(by[count]["decode_tokens_per_s"] for count in counts), by["prefill"]["tokens_per_s"]]
+        for peer, by in figures.items()
+    ]
+    columns = ("peer", *(f"decode/s in all, {count}" for count in counts), f"prefill/s, {prefill_tokens}")
+    print_table(title, columns, rows)
+
+
+def default_models(folder: Path = PEERS, store: Path | None = None) -> dict[str, str]:
+    """Those in `folder`, as the commands above leave them, and the store's GGUF."""
     from shared.settings import Settings  # noqa: PLC0415 the peers' environment has no CALM
 
-    found = {"onnxruntime-genai": PEERS / "genai-int8"}
-    found["llama.cpp"] = Settings.from_env().models_path / "smollm2-135m" / "source.gguf"
+    found = {"onnxruntime-genai": folder / "genai-int8"}
+    found["llama.cpp"] = (store or Settings.from_env().models_path) / "smollm2-135m" / "source.gguf"
+    found["llama.cpp Q8_0"] = folder / "q8.gguf"
     return {peer: str(path) for peer, path in found.items() if path.exists()}
 
 
@@ -177,23 +196,64 @@ def export(gguf: Path, folder: Path) -> None:
             file.write(np.ascontiguousarray(value, "<f4").tobytes())
 
 
+def requantise(gguf: Path, target: Path) -> None:
+    """Write the file's weights in Q8_0, as far as their rows are whole blocks; all else as it is.
+
+    Bytes of the same metadata: what llama.cpp reads differs in the storage of its matrices alone.
+    """
+    import numpy as np  # noqa: PLC0415
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants  # noqa: PLC0415
+
+    reader = GGUFReader(gguf)
+    writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
+    for tensor in reader.tensors:
+        values = np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if values.ndim == 2 and values.shape[-1] % 32 == 0:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _prompt(tokens: int) -> list[int]:
+    """Distinct tokens without a random generator, so that every environment reads the very same prompt."""
+    return [1000 + (i * 7919) % 19000 for i in range(tokens)]
+
+
 def _job(job: dict[str, Any]) -> None:
-    # Distinct tokens without a random generator, so that every environment reads the very same prompt.
-    prompt = [1000 + (i * 7919) % 19000 for i in range(job["prompt_tokens"])]
     run = PEER[job["peer"]]
-    common = (job["model"], job["threads"], prompt, job["tokens"])
-    print(json.dumps({str(rows): run(*common, rows, job["repeats"]) for rows in job["rows"]}))
+    model, threads, repeats = job["model"], job["threads"], job["repeats"]
+    figures = {}
+    for rows in job["rows"]:
+        figures[str(rows)] = run(model, threads, _prompt(job["prompt_tokens"]), job["tokens"], rows, repeats)
+        del figures[str(rows)]["prefill_tokens_per_s"]
+    long = run(model, threads, _prompt(job["prefill_tokens"]), 1, 1, repeats)
+    figures["prefill"] = {"tokens": job["prefill_tokens"], "tokens_per_s": long["prefill_tokens_per_s"]}
+    print(json.dumps(figures))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--export", type=Path, metavar="FOLDER")
+    parser.add_argument("--q8", type=Path, metavar="FILE", help="write the GGUF's weights in Q8_0, for llama.cpp")
+    parser.add_argument("--llama-q8", type=Path, default=PEERS / "q8.gguf")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--python", type=Path, default=PEERS / "peers/bin/python")
     parser.add_argument("--genai", type=Path, default=PEERS / "genai-int8")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
@@ -202,24 +262,26 @@ def main() -> None:
     if arguments.job:
         _job(json.loads(arguments.job))
         return
-    from bench.report import machine, print_machine, print_table, write_json  # noqa: PLC0415
+    from bench.report import machine, print_machine, write_json  # noqa: PLC0415
     from shared.settings import Settings  # noqa: PLC0415
 
     gguf = Settings.from_env().models_path / arguments.model / "source.gguf"
     if arguments.export:
         export(gguf, arguments.export)
         return
-    models = {"onnxruntime-genai": str(arguments.genai), "llama.cpp": str(gguf)}
+    if arguments.q8:
+        requantise(gguf, arguments.q8)
+        return
+    found = {"onnxruntime-genai": arguments.genai, "llama.cpp": gguf, "llama.cpp Q8_0": arguments.llama_q8}
+    models = {peer: str(path) for peer, path in found.items() if path.exists()}
     figures = measure(
         threads=arguments.threads, prompt_tokens=arguments.prompt_tokens, tokens=arguments.tokens,
-        rows=arguments.rows, repeats=arguments.repeats, python=arguments.python, models=models,
+        rows=arguments.rows, prefill_tokens=arguments.prefill_tokens, repeats=arguments.repeats,
+        python=arguments.python, models=models,
     )  # fmt: skip
     facts = machine()
     print_machine(facts)
-    rows = [
-        [f"{peer}, {count} at a time", *values.values()] for peer, by in figures.items() for count, values in by.items()
-    ]
-    print_table(f"{arguments.model}, {arguments.threads} threads", ("peer", "prefill/s", "decode/s in all"), rows)
+    print_figures(figures, f"{arguments.model}, {arguments.threads} threads", arguments.prefill_tokens)
     if arguments.json:
         write_json(arguments.json, {"benchmark": "peers", "machine": facts, "figures": figures})
 

@@ -370,6 +370,8 @@ class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
     """Kept whole, so that any executor can fall back after this attempt without state of its own."""
     adapter: str = ""
     """LoRA adapter of the artifact that the card uses."""
+    prompt_lookup: bool = False
+    """As in the card."""
     stamps: dict[str, float] = {}
 
 
@@ -404,6 +406,10 @@ class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
     """Of the answer's energy, what reading the prompt took; both are 0 where the worker does not know the split."""
     energy_out_j: float = 0.0
     """Of the answer's energy, what writing the answer took."""
+    tokens_drafted: int = 0
+    """Tokens of the answer that were guessed and verified (`prompt_lookup`)."""
+    tokens_accepted: int = 0
+    """Of these, those that were right: each saved a step."""
     rejected: bool = False
     """True for bad input that was never accepted; kept for the statistics only."""
 
@@ -426,6 +432,8 @@ class Device(_Internal, frozen=True, kw_only=True):
     kind: Literal["cpu", "cuda"]
     name: str
     index: int = 0
+    uuid: str = ""
+    """Of a GPU, or of a slice of one (MIG): unique whatever the host. Empty for a CPU."""
     memory_bytes: int = 0
     """Total memory of the device (host memory for a CPU)."""
     provider: str = "CPUExecutionProvider"
@@ -493,8 +501,11 @@ class ArtifactSpec(_Internal, frozen=True, kw_only=True):
     weights_bytes: int
     kv_bytes_per_token: int
     slots: int
+    """Sequences of `context` tokens whose keys and values are counted in the footprint."""
     context: int
     """Tokens a slot can hold: prompt and answer together."""
+    sequences: int = 0
+    """Most sequences at once in the bytes of all slots, as many as their prompts and answers let; 0 for one a slot."""
     overhead_bytes: int = 0
     """The engine process without weights and KV cache."""
     adapters: list[str] = []
@@ -505,9 +516,22 @@ class ArtifactSpec(_Internal, frozen=True, kw_only=True):
     """sha256 of tokenizer.json: models that share it share their token counts."""
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values an engine may hold."""
+        return self.context * self.slots
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_bytes_per_token * self.kv_tokens
+
+    @property
     def footprint_bytes(self) -> int:
-        held = self.weights_bytes + self.adapter_bytes + self.overhead_bytes
-        return held + self.kv_bytes_per_token * self.context * self.slots
+        return self.weights_bytes + self.adapter_bytes + self.overhead_bytes + self.kv_bytes
+
+    def at_once(self, device: Device) -> int:
+        """Sequences that an engine on `device` takes. On a GPU a row's memory is its own from the start, so that more
+        rows than slots would be more bytes than were counted."""
+        return self.slots if device.kind == "cuda" else max(self.slots, self.sequences)
 
 
 class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
@@ -517,6 +541,8 @@ class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
     artifact: ArtifactSpec
     adapter: str = ""
     """LoRA adapter over the artifact; empty for the model as it is."""
+    prompt_lookup: bool = False
+    """Answers mostly repeat pieces of their prompts: guess them, and verify several tokens in one step."""
     description: str
     exemplars: list[str] = []
     domains: dict[str, float] = {}
@@ -652,6 +678,10 @@ class Operation(_Internal, frozen=True, kw_only=True, tag="operation.v1"):
     seconds: float = 0.0
     bytes: int = 0
     """Footprint taken or given back."""
+    held_bytes: int = 0
+    """Measured memory of the engine: after a load, or before an evict."""
+    freed_bytes: int = 0
+    """Of these, what an evict gave back, measured."""
     at: float = 0.0
 
 
@@ -663,6 +693,8 @@ class WorkerReply(_Internal, frozen=True, kw_only=True, tag="worker_reply.v1"):
     failure: Failure | None = None
     seconds: float = 0.0
     bytes: int = 0
+    held_bytes: int = 0
+    freed_bytes: int = 0
 
 
 class Placement(_Internal, frozen=True, kw_only=True, tag="placement.v1"):
@@ -693,7 +725,7 @@ class EnergyAccount(_Internal, frozen=True, kw_only=True):
     """Of the answers that its engines finished."""
     tokens_out: int = 0
     answers: int = 0
-    """From here on only in `energy_reports.v1`: what the answers' own figures add up to."""
+    """From here on only in `energy_reports.v1`: what the figures of the answers up to the report's `at` add up to."""
     answers_j: float = 0.0
 
 
@@ -707,6 +739,7 @@ class EnergyReport(_Internal, frozen=True, kw_only=True, tag="energy_report.v1")
     """`model`: every figure is estimated from stated powers."""
     started_at: float = 0.0
     at: float = 0.0
+    """Whatever ended by then is in the accounts with all that it took; later work may be, in part."""
     elapsed_s: float = 0.0
     total_j: float = 0.0
     """By the meter; all other joules here add up to it."""

@@ -14,6 +14,11 @@ from shared.errors import SettingsInvalid
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
+PACKED = ".packed"
+"""Folder of the model store for weights that are packed for a kind of CPU."""
+WORTH_PACKING_BYTES = 8 * 2**20
+"""Smaller models are not worth a file."""
+
 _ALSO = {"hub_url": ("HF_ENDPOINT",), "hub_token": ("CALM_HF_TOKEN", "HF_TOKEN")}
 """Variables that are read when a setting's own is not set: what the hub's own tools use."""
 
@@ -67,6 +72,8 @@ class Settings:
     """Name of a worker: a slug; made from host name and process id when not set."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    cuda_visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES as CUDA itself reads it, with no variable of ours: empty hides all GPUs, None is not set."""
     worker_memory: int = 0
     """Budget of a worker in bytes (`1500 MB` is understood); 0 takes the fleet file's, else 80 % of the device."""
     threads: int = 0
@@ -76,12 +83,17 @@ class Settings:
     routing; Linux), `nice` (lower priority) or `normal`."""
     weights_cache: str = ""
     """Where engines on CPUs keep weights packed for this CPU, which all engines of the host map and share (about twice
-    the variant's size on disk); `<home>/cache/weights` when not set, `off` for none."""
+    the variant's size on disk); in the model store when not set, or under `<home>/cache/weights` where the store is
+    read-only; `off` for none."""
     standby_memory: int = 0
     """Host memory for evicted models that stay loaded, without their KV cache, to be resident again in milliseconds;
     beside the worker's budget. 0 for none."""
+    engine_start: str = "fork"
+    """`fork`: on Linux, engines on CPUs are forked from one process of the host, which has imported everything, and
+    share its memory. `spawn`: each is a process of its own, as elsewhere and on GPUs."""
     spare_engines: int = 1
-    """Engine processes kept started but empty, so that a load need not wait for one; some 40 MB each."""
+    """Where engines are spawned: processes kept started but empty, so that a load need not wait for one; some 40 MB
+    each."""
     power_idle_w: float = 10.0
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0
@@ -101,10 +113,13 @@ class Settings:
         return self.models_dir if self.models_dir != Path() else self.home / "models"
 
     @property
-    def weights_path(self) -> Path | None:
+    def weights_paths(self) -> tuple[Path, ...]:
+        """Where packed weights are looked for, and written to where that is possible, in this order."""
         if self.weights_cache == "off":
-            return None
-        return Path(self.weights_cache).expanduser() if self.weights_cache else self.home / "cache" / "weights"
+            return ()
+        if self.weights_cache:
+            return (Path(self.weights_cache).expanduser(),)
+        return self.models_path / PACKED, self.home / "cache" / "weights"
 
     @property
     def database_url(self) -> str:
@@ -123,7 +138,10 @@ class Settings:
         """
         environ = os.environ if environ is None else environ
         values: dict[str, object] = {}
+        values["cuda_visible_devices"] = environ.get("CUDA_VISIBLE_DEVICES")
         for name, default in cls.defaults().items():
+            if name == "cuda_visible_devices":
+                continue
             variable = f"CALM_{name.upper()}"
             variable = next((v for v in (variable, *_ALSO.get(name, ())) if environ.get(v)), variable)
             text = environ.get(variable, "")

@@ -114,6 +114,11 @@ def kv(bucket: str, key: str) -> str:
     return f"$KV.{bucket}.{key}"
 
 
+def lease_of_gpu(uuid: str) -> str:
+    """Key of the lease of a GPU."""
+    return f"gpu.{uuid}"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the catalogue: a subject pattern, how it is carried, what it holds and who uses it."""
@@ -182,6 +187,8 @@ CATALOGUE: tuple[Entry, ...] = (
           "planner"),
     Entry(kv(BUCKET_LEASES, "placement"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "planner", "planner",
           "the instance that plans residency"),
+    Entry(kv(BUCKET_LEASES, lease_of_gpu("<uuid>")), f"KV {BUCKET_LEASES}, TTL 3 s", (), "worker", "worker",
+          "the worker that has the GPU"),
     Entry(kv(BUCKET_LEASES, "knowledge"), f"KV {BUCKET_LEASES}, TTL 3 s", (), "monitor", "monitor",
           "the instance that owns the knowledge base"),
 )  # fmt: skip

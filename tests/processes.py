@@ -107,11 +107,20 @@ async def start(
         await asyncio.gather(ended, said, return_exceptions=True)
 
 
-def children_of(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
+def of_home(home: Path) -> list[int]:
+    """Processes of the system that lives in `home`, those that are nobody's children included."""
     import psutil
 
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("CALM_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+async def engines_of(worker: str, bus: Bus) -> list[int]:
+    """Processes of a worker's engines, as it says itself."""
+    states = (await bus.kv_all(subjects.BUCKET_FLEET)).values()
+    found = [codec.unpack(state, m.WorkerState) for state in states if state]
+    return [engine.pid for state in found if state.worker == worker for engine in state.engines]

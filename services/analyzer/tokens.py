@@ -14,7 +14,7 @@ class TokenCounter:
     """Tokenizers by their sha256, so that variants and models that share one are asked once.
 
     A text in ASCII that has fewer bytes than any context has tokens fits for certain. Its tokens only serve to predict
-    the time of its prefill, and are estimated from its length (within 20 % on GSM8K's questions): counting took 0.2 ms of
+    the time of its prefill, and are estimated from its length (within 20 % on GSM8K): counting took 0.2 ms of
     every query's way. All other texts are counted.
     """
 

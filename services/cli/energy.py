@@ -89,12 +89,16 @@ def _worker(worker: m.EnergyReport, carbon_g_per_kwh: float) -> list[str]:
         parts.append(f"other processes {mark}{joules(worker.other_j)}")
     left_j = residual_j(worker)
     share = left_j / worker.total_j if worker.total_j else 0.0
+    if unanswered_j < 0:  # answers are charged at once, by the power of the work before
+        rest = f"answers were charged {mark}{joules(-unanswered_j)} more than was active: later work makes up for it"
+    else:
+        rest = f"active and in no answer (cancelled, failed, still running, rounding): {mark}{joules(unanswered_j)}"
     return [
         *lines,
         f"  accounts: {', '.join(parts)}",
         f"  meter: {mark}{joules(worker.total_j)} in {worker.elapsed_s:.0f} s"
         f"{carbon(worker.total_j, carbon_g_per_kwh)}; residual {joules(left_j)} ({share:.2%})",
-        f"  active and in no answer (cancelled, failed, still running, rounding): {mark}{joules(unanswered_j)}",
+        f"  {rest}",
     ]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 
+from services.cli import packing
 from services.cli.progress import Bars
 from shared.models import export, pull
 from shared.models.fleet_file import load_fleet
@@ -24,7 +26,9 @@ def models(arguments: argparse.Namespace, settings: Settings) -> int:
         case "pull":
             pull_fleet(arguments.fleet or settings.fleet, store, settings)
         case "add" | "export":
-            print(_line(_add(arguments, store, settings)))
+            manifest = _add(arguments, store, settings)
+            _pack(packing.of_model(manifest), settings)
+            print(_line(manifest))
         case "list":
             found = store.list()
             print("\n".join(_line(manifest) for manifest in found) or "The store is empty: run `calm models pull`.")
@@ -67,10 +71,15 @@ def pull_fleet(fleet: str, store: ModelStore, settings: Settings) -> None:
     wanted = pull.missing(pull.wanted_by(load_fleet(fleet)), store)
     if not wanted:
         print("every model of the fleet is in the store", file=sys.stderr)
-        return
     with Bars() as bars:
         for one in wanted:
             pull.pull(one, store, bars, hub=settings.hub_url, token=settings.hub_token)
+    _pack(packing.of_fleet(load_fleet(fleet), store), settings)
+
+
+def _pack(names: list[str], settings: Settings) -> None:
+    if names:  # what fails is told, and left to the engines
+        subprocess.run(packing.command(names), env=packing.environment(settings), check=False)
 
 
 def check_fleet(file: str) -> int:

@@ -130,8 +130,20 @@ def render(s: Snapshot) -> str:
     lines.append("latest operations")
     for o in s.operations:
         outcome = "ok" if o.ok else (o.failure.code if o.failure else "failed")
-        lines.append(f"  {o.kind:6} {o.artifact:28} {o.worker:20} {o.reason:28} {outcome} in {o.seconds:.2f} s")
+        lines.append(
+            f"  {o.kind:6} {o.artifact:28} {o.worker:20} {o.reason:28} {outcome} in {o.seconds:.2f} s{_measured(o)}"
+        )
     return "\n".join(lines)
+
+
+def _measured(operation: m.Operation) -> str:
+    """What the worker measured of an engine's memory, where it did."""
+    if not operation.held_bytes:
+        return ""
+    held = format_bytes(operation.held_bytes)
+    if operation.kind == "load":
+        return f", holds {held}"
+    return f", gave back {format_bytes(operation.freed_bytes)} of {held}"
 
 
 def _cards(counts: m.Counts, qos: m.Qos | None) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nats.aio.msg import Msg
 
+from services.cli import packing
 from services.cli.board import Board
 from services.cli.options import url_file
 from services.cli.supervise import Supervised
@@ -95,7 +96,7 @@ class _System:
             Supervised(name, f"services.{name}", environment, logs / f"{name}.log", self._say) for name in STAGES
         ]
         threads = arguments.threads or settings.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
-        device = arguments.device or settings.device
+        self._device = device = arguments.device or settings.device
         memory = str(parse_bytes(arguments.memory)) if arguments.memory else str(settings.worker_memory)
         self._workers = [
             Supervised(
@@ -143,22 +144,28 @@ class _System:
         return 0
 
     async def _pull(self) -> None:
-        """Fetch what is missing, in a process of its own, which Ctrl-C can end."""
-        store = ModelStore(self._settings.models_path)
-        if not pull.missing(pull.wanted_by(load_fleet(self._fleet)), store):
+        """Fetch what is missing and pack it for this processor, in processes that Ctrl-C can end."""
+        store, fleet = ModelStore(self._settings.models_path), load_fleet(self._fleet)
+        if not pull.missing(pull.wanted_by(fleet), store):
+            if names := packing.of_fleet(fleet, store):
+                await self._run(*packing.command(names))
             return
         self._say(f"fetching the fleet's models into {store.root}")
+        if await self._run(sys.executable, "-m", "services.cli", "models", "pull", "--fleet", self._fleet):
+            raise SourceUnavailable("The fleet's models could not be fetched (see above).", "Run `calm up` again.")
+
+    async def _run(self, *command: str) -> int:
+        """Run a command to its end, or until `calm up` is to stop; its exit status."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.cli", "models", "pull", "--fleet", self._fleet,
-            env={**os.environ, "CALM_MODELS_DIR": str(store.root)}, start_new_session=True,
+            *command, env={**packing.environment(self._settings), "CALM_DEVICE": self._device}, start_new_session=True,
             preexec_fn=bound_to_parent(),
         )  # fmt: skip
         await self._unless_stopped(process.wait())
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
-        elif process.returncode:
-            raise SourceUnavailable("The fleet's models could not be fetched (see above).", "Run `calm up` again.")
+            return 0
+        return process.returncode
 
     async def _watch(self) -> None:
         bus = await Bus.connect(self._settings_here(), "calm-up")

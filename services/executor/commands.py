@@ -76,7 +76,7 @@ class Commands:
         load = isinstance(command, m.Load)
         artifact = command.spec.name if isinstance(command, m.Load) else command.artifact
         failure: m.Failure | None = None
-        seconds, size = 0.0, 0
+        reply = m.WorkerReply(op_id=command.op_id, ok=False)
         left_s = command.expires_at - self._clock()
         try:
             if left_s <= 0:
@@ -87,7 +87,7 @@ class Commands:
                 m.WorkerReply,
                 left_s,
             )
-            failure, seconds, size = reply.failure, reply.seconds, reply.bytes
+            failure = reply.failure
             if reply.ok:
                 await self._verify(command.worker, artifact, resident=load)
         except CalmError as error:
@@ -100,8 +100,10 @@ class Commands:
             ok=failure is None,
             reason=command.reason,
             failure=failure,
-            seconds=seconds,
-            bytes=size,
+            seconds=reply.seconds,
+            bytes=reply.bytes,
+            held_bytes=reply.held_bytes,
+            freed_bytes=reply.freed_bytes,
             at=self._clock(),
         )
 

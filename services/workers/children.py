@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 import psutil
 
+from services.workers.cradle import Cradle, Forked
 from services.workers.engine_main import BACKGROUND
 from services.workers.protocol import Activity, Command, Drain, Parked, Ready, Refused, Report, Start, State
 from shared.codec import error_of
@@ -28,7 +29,7 @@ def _nobody(_state: State) -> None:
 class Child:
     """One engine process. What listens to its states is called in the supervisor's event loop."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | Forked) -> None:
         self._process = process
         self._on_state: Callable[[State], None] = _nobody
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -36,6 +37,15 @@ class Child:
         self.ended = asyncio.Event()
         self.activity = Activity()
         self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def fork(cls, cradle: Cradle, model: str = "") -> Child:
+        """Have the nursery fork an engine process, which waits to be told what to load. It dies with this process too.
+
+        Raises:
+            NotReady: the nursery cannot be had.
+        """
+        return cls(await cradle.fork(model))
 
     @classmethod
     async def spawn(cls, *, background: bool = False) -> Child:
@@ -125,7 +135,10 @@ class Child:
             return 0
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        send(self._process, number)
+        if isinstance(self._process, Forked):
+            self._process.kill(number)
+        else:
+            send(self._process, number)
 
     async def _read(self) -> None:
         assert self._process.stdout is not None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
-import onnxruntime as ort
 import psutil
 
+from services.workers import gpu
 from shared.errors import DeviceUnavailable
 from shared.messages import Device
 from shared.settings import Settings
@@ -30,13 +33,13 @@ def probe(settings: Settings) -> Device:
     if wanted == "cpu":
         return _cpu(settings)
     index = int(match[1] or 0) if match else 0
-    provided = _CUDA in ort.get_available_providers()
-    gpu = _gpu(index) if provided else None
-    if gpu is not None:
-        name, memory = gpu
-        return Device(kind="cuda", name=name, index=index, memory_bytes=memory, provider=_CUDA, threads=1)
+    visible = settings.cuda_visible_devices
+    found = _gpu(index, visible)
+    if found is not None and _provided():
+        return found
     if match is not None:
-        reason = "NVML finds no such GPU" if provided else "this ONNX Runtime has no CUDA provider"
+        within = "" if visible is None else f" within CUDA_VISIBLE_DEVICES={visible!r}"
+        reason = f"NVML finds no such GPU{within}" if _provided() else "this ONNX Runtime has no CUDA provider"
         raise DeviceUnavailable(
             f"CUDA device {index} was asked for: {reason}.",
             "Install the [gpu] extra on a machine with an NVIDIA driver, or set CALM_DEVICE=cpu.",
@@ -61,26 +64,40 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu(index: int) -> tuple[str, int] | None:
-    """Name and total memory of the GPU that ONNX Runtime will call `index`, or None.
+def _provided() -> bool:
+    import onnxruntime as ort  # noqa: PLC0415 14 MB of a supervisor, which on a CPU has no use for it
 
-    NVML counts all GPUs of the machine, CUDA those of CUDA_VISIBLE_DEVICES: the list is translated.
-    """
+    return _CUDA in ort.get_available_providers()
+
+
+def _driver() -> bool:
+    """Whether there is an NVIDIA driver: elsewhere NVML's bindings need not be imported to find that there is none."""
+    if sys.platform != "linux":
+        return True
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _gpu(index: int, visible: str | None) -> Device | None:
+    """The GPU that ONNX Runtime will call `index`, or None."""
+    if not _driver():
+        return None
     import pynvml  # noqa: PLC0415 only useful on machines with a GPU
 
+    return described(pynvml, index, visible)
+
+
+def described(nvml: Any, index: int, visible: str | None) -> Device | None:
+    """The GPU that CUDA calls `index` where CUDA_VISIBLE_DEVICES is `visible`, as NVML knows it; None without one."""
     try:
-        pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = [v.strip() for v in visible.split(",") if v.strip()] if visible is not None else None
-        if names is not None and index >= len(names):
-            return None
-        which = names[index] if names is not None else str(index)
-        if which.isdigit():
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(which))
-        else:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(which)
-        name = pynvml.nvmlDeviceGetName(handle)
-        memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+        handle = gpu.handle_of(nvml, index, visible)
+        return Device(
+            kind="cuda", name=gpu.name_of(nvml, handle), index=index, uuid=gpu.uuid_of(nvml, handle),
+            memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total), provider=_CUDA, threads=1,
+        )  # fmt: skip
+    except (nvml.NVMLError, LookupError):
         return None
-    return (name.decode() if isinstance(name, bytes) else str(name)), memory

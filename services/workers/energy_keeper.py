@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -94,7 +93,7 @@ class EnergyKeeper:
         self._cores = 0.0
         self._meter = meter or choose_meter(
             device, settings.power_idle_w, settings.power_core_w, core_s=lambda: self._cores,
-            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            visible=settings.cuda_visible_devices,
         )  # fmt: skip
         estimated = self._meter.source == "model"
         self._idle_w: float | None = settings.power_idle_w if estimated else None
@@ -105,7 +104,7 @@ class EnergyKeeper:
         self._host_s = self._host_core_s()
         self._read_j = self._meter.read_j()
         self._at = ticker()
-        self._started_at = clock()
+        self._started_at = self._settled_at = clock()
         self._task: asyncio.Task[None] | None = None
         self.ledger = EnergyLedger()
 
@@ -127,6 +126,7 @@ class EnergyKeeper:
         if self._task is not None:
             await tasks.end([self._task])
         self.tick()
+        self._settled_at = self._clock()  # the engines have ended, and said all that they did
         await self._publish()
 
     async def _run(self) -> None:
@@ -145,6 +145,8 @@ class EnergyKeeper:
         """Close the interval since the last reading, and enter it in the ledger."""
         now = self._ticker()
         elapsed_s, self._at = now - self._at, now
+        # Engines tell what they did every `ACTIVITY_S`: a whole interval ago it has certainly been told.
+        self._settled_at = max(self._settled_at, self._clock() - TICK_S)
         cpu = self._device.kind == "cpu"
         work: dict[str, float] = {}
         loads: dict[str, float] = {}
@@ -235,7 +237,7 @@ class EnergyKeeper:
             device_class=self._device.device_class,
             source=self._meter.source,
             started_at=self._started_at,
-            at=self._clock(),
+            at=self._settled_at,
             elapsed_s=ledger.elapsed_s,
             total_j=ledger.total_j,
             idle_j=ledger.idle_j,

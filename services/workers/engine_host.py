@@ -18,6 +18,7 @@ from nats.aio.msg import Msg
 from services.workers import timings
 from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finished, Request
 from services.workers.engine.energy import AttributedMeter
+from services.workers.engine.handover import Handover
 from services.workers.protocol import Start, State
 from shared import codec, subjects, tasks
 from shared import messages as m
@@ -86,6 +87,7 @@ class EngineHost:
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
         self._incoming: list[Request] = []
         self._outgoing: list[str] = []
+        self._handover = Handover(self._streamed)
         self._halt = False
         self._unsent = 0
         self._sent = threading.Event()
@@ -101,6 +103,9 @@ class EngineHost:
         self._background: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         spec = start.spec
+        self._at_once = spec.at_once(start.device)
+        self._short = False
+        """Somebody here waits for KV memory: more work is left to others."""
         self._pullers = [
             Puller(
                 bus,
@@ -108,7 +113,7 @@ class EngineHost:
                 durable=subjects.work_durable(spec.name, priority),
                 subject=subjects.work(spec.name, priority),
                 handler=self._on_work,
-                limit=spec.slots,
+                limit=self._at_once,
                 room=self._room if priority == "hi" else self._room_for_one,
                 slack=HELD,
                 ack_wait_s=ACK_WAIT_S,
@@ -171,6 +176,7 @@ class EngineHost:
             events: list[Event] = []
             for query_id in outgoing:
                 self._batcher.cancel(query_id)
+                self._handover.forget(query_id)
             for request in incoming:
                 try:
                     self._batcher.add(request)
@@ -183,16 +189,25 @@ class EngineHost:
                 ids = self._batcher.clear()
                 events += [Failed(query_id, failure) for query_id in ids]
             self._tell(events)
+            if self._batcher.short_of_memory != self._short:
+                self._short = not self._short
+                self._loop.call_soon_threadsafe(self._wake)
 
     def _tell(self, events: list[Event]) -> None:
         """Hand events to the event loop; when answers are among them, wait until they have gone."""
-        if not events:
+        passed = self._handover.pass_on(events)
+        if not passed:
             return
-        self._unsent = sum(isinstance(event, Finished) for event in events)
+        self._unsent = sum(isinstance(event, Finished) for event in passed)
         self._sent.clear()
-        self._loop.call_soon_threadsafe(self._events.put_nowait, events)
+        self._loop.call_soon_threadsafe(self._events.put_nowait, passed)
         if self._unsent:
             self._sent.wait(PAUSE_S)
+
+    def _streamed(self, query_id: str) -> bool:
+        """Its client wants the text as it grows."""
+        job = self._jobs.get(query_id)
+        return job is not None and job.work.planned.accepted.query.stream
 
     async def _distribute(self) -> None:
         """Hand each step's events to the queries they belong to: those that ended first, and their claims are on
@@ -224,8 +239,12 @@ class EngineHost:
 
     # --- one piece of work ---
 
+    def _wake(self) -> None:
+        for puller in self._pullers:
+            puller.wake()
+
     def _room(self) -> int:
-        return self._start.spec.slots - self._taken
+        return 0 if self._short else self._at_once - self._taken
 
     def _room_for_one(self) -> int:
         """Low priority asks for one at a time, so that it takes a free slot and never many."""
@@ -245,13 +264,12 @@ class EngineHost:
             with structlog.contextvars.bound_contextvars(query_id=work.query_id):
                 await self._serve(message, work, pulled_at, open_since)
         finally:
-            if self._taken == self._start.spec.slots:
+            if self._taken == self._at_once:
                 self._open_since = self._clock()
             self._taken -= 1
             self._last_used = self._clock()
             self._changed.set()
-            for puller in self._pullers:
-                puller.wake()
+            self._wake()
 
     async def _serve(self, message: Msg, work: m.Work, pulled_at: float, slot_open_at: float) -> None:
         deliveries = message.metadata.num_delivered
@@ -273,6 +291,7 @@ class EngineHost:
             request = Request(
                 work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at,
                 urgent=work.planned.accepted.query.priority == "hi", adapter=work.adapter,
+                prompt_lookup=work.prompt_lookup,
             )  # fmt: skip
             self._submit(request)
             end = await self._stream(job)
@@ -361,6 +380,8 @@ class EngineHost:
             batch_mean=end.batch_mean,
             energy_in_j=end.energy_in_j,
             energy_out_j=end.energy_out_j,
+            tokens_drafted=end.tokens_drafted,
+            tokens_accepted=end.tokens_accepted,
         )
         await self._bus.finish(done, resend=resend)
         self.tokens_in += end.tokens_in
@@ -419,7 +440,7 @@ class EngineHost:
             self._report(
                 State(
                     active=self._taken,
-                    held=max(0, self._taken - self._start.spec.slots),
+                    held=max(0, self._taken - self._at_once),
                     tokens_out=self.tokens_out,
                     tpot_s=self._tpot_s,
                     last_used_at=self._last_used,

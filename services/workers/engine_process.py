@@ -116,7 +116,7 @@ class Engine:
             store = ModelStore(settings.models_path)
             self._opened = open_model(
                 store.path(start.spec.model), store.get(start.spec.model), start.spec, start.device,
-                cache=settings.weights_path,
+                caches=settings.weights_paths,
             )  # fmt: skip
         return start_batcher(self._opened, self.meter, gate=_gate(start))
 

@@ -1,4 +1,4 @@
-"""Engine processes held in reserve: spares that have loaded nothing, and standbys whose model is still in memory."""
+"""Engine processes to be had at once: forked ones, spares that have loaded nothing, standbys with their model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from services.workers.children import Child
-from shared.errors import CalmError
+from services.workers.cradle import Cradle
+from shared.errors import CalmError, NotReady
 from shared.messages import ArtifactSpec
 
 
 class Reserve:
-    """Spares make a load cheaper by a process start; a standby, of the same artifact, by the load itself.
+    """Where engines can be forked (`cradle`) a new one takes milliseconds; elsewhere spares make a load cheaper by a
+    process start. A standby, of the same artifact, makes it cheaper by the load itself.
 
     Standbys hold host memory beside the worker's budget, up to a budget of their own; the one parked longest ago goes
     first. On a GPU they would hold device memory, so that none are kept there.
     """
 
-    def __init__(self, *, spares: int, standby_bytes: int, log: Any) -> None:
+    def __init__(self, *, spares: int, standby_bytes: int, log: Any, cradle: Cradle | None = None) -> None:
         self._wanted = spares
+        self._cradle = cradle
+        self._forks = cradle is not None
         self._budget = standby_bytes
         self._log = log
         self._spares: list[Child] = []
@@ -44,11 +48,18 @@ class Reserve:
             yield name, child
 
     def fill(self) -> None:
-        """Start spares in the background, until there are as many as wanted."""
+        """In the background see that engines can be forked, or start spares until there are as many as wanted."""
         if not self._closed and (self._filling is None or self._filling.done()):
             self._filling = asyncio.create_task(self._fill())
 
     async def _fill(self) -> None:
+        if self._cradle is not None and self._forks:
+            try:
+                await self._cradle.connect()
+            except NotReady as error:
+                self._unforked(error)
+            else:
+                return
         self._spares = [child for child in self._spares if not child.ended.is_set()]
         while len(self._spares) < self._wanted:
             self._spares.append(await Child.spawn(background=True))
@@ -64,7 +75,20 @@ class Reserve:
             child = self._spares.pop()
             if not child.ended.is_set():
                 return child
+        return await self._fresh(spec.model)
+
+    async def _fresh(self, model: str) -> Child:
+        if self._cradle is not None and self._forks:
+            try:
+                return await Child.fork(self._cradle, model)
+            except NotReady as error:
+                self._unforked(error)
         return await Child.spawn()
+
+    def _unforked(self, error: NotReady) -> None:
+        """Go on with processes of their own, for good."""
+        self._log.warning("engines_are_not_forked", error=str(error))
+        self._forks = False
 
     async def put(self, spec: ArtifactSpec, child: Child, timeout_s: float) -> int:
         """Drain an engine and keep it as a standby when that fits the budget, else end it; the bytes it still holds."""
@@ -95,3 +119,5 @@ class Reserve:
         held = [*self._spares, *(child for _, child, _ in self._standbys.values())]
         self._spares, self._standbys = [], OrderedDict()
         await asyncio.gather(*(child.drain(0.0) for child in held))
+        if self._cradle is not None:
+            self._cradle.close()

@@ -17,6 +17,7 @@ import nats.errors
 import structlog
 from nats.aio.msg import Msg
 
+from services.workers import cradle, sole
 from services.workers import device as devices
 from services.workers.children import Child
 from services.workers.energy_keeper import EnergyKeeper, Running
@@ -26,6 +27,7 @@ from services.workers.reserve import Reserve
 from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.errors import CalmError, OperationTimeout, Overloaded
+from shared.lease import Lease
 from shared.runtime import Context
 from shared.settings import slug
 from shared.views import ModelsView
@@ -44,6 +46,17 @@ class _Engine:
     draining: bool = False
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a load or an evict came to, in bytes."""
+
+    footprint_bytes: int = 0
+    held_bytes: int = 0
+    """Measured memory of the engine: after a load, or before an evict."""
+    freed_bytes: int = 0
+    """Of these, what came back, measured."""
+
+
 class Worker:
     """One device, its memory budget, and an engine process per resident artifact."""
 
@@ -56,6 +69,7 @@ class Worker:
         self.name = slug(context.settings.worker_id or context.settings.name)
         self._models = ModelsView(self._bus)
         self._device: m.Device
+        self._claim: Lease | None = None
         self._ledger: Ledger
         self._energy: EnergyKeeper
         self._engines: dict[str, _Engine] = {}
@@ -72,12 +86,16 @@ class Worker:
 
     async def start(self) -> None:
         self._device = await asyncio.to_thread(devices.probe, self._settings)
+        self._claim = await sole.claim(self._bus, self._device, self.name)
         await self._models.start()
         budget = self._settings.worker_memory or await self._budget_of_fleet()
         budget = budget or int(self._device.memory_bytes * DEVICE_SHARE)
         self._ledger = Ledger(budget)
         standby = self._settings.standby_memory if self._device.kind == "cpu" else 0
-        self._reserve = Reserve(spares=self._settings.spare_engines, standby_bytes=standby, log=self._log)
+        self._reserve = Reserve(
+            spares=self._settings.spare_engines, standby_bytes=standby, log=self._log,
+            cradle=cradle.Cradle() if cradle.wanted(self._settings, self._device) else None,
+        )  # fmt: skip
         self._log.info("device", kind=self._device.kind, name=self._device.name, budget_bytes=budget)
         self._energy = EnergyKeeper(
             self._bus, self._settings, self.name, self._device, self._running, clock=self._clock
@@ -104,6 +122,8 @@ class Worker:
         with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self._bus.nc.request(key, b"", timeout=1, headers={"KV-Operation": "DEL"})
         await tasks.end([*self._tasks, *self._operations.values()])
+        if self._claim is not None:
+            await self._claim.stop()
 
     async def _budget_of_fleet(self) -> int:
         with contextlib.suppress(TimeoutError):
@@ -168,10 +188,10 @@ class Worker:
 
     async def _run(self, command: m.Load | m.Evict) -> m.WorkerReply:
         began = time.perf_counter()
-        size, failure = 0, None
+        done, failure = _Outcome(), None
         with structlog.contextvars.bound_contextvars(op_id=command.op_id):
             try:
-                size = await (self._load(command) if isinstance(command, m.Load) else self._evict(command))
+                done = await (self._load(command) if isinstance(command, m.Load) else self._evict(command))
             except CalmError as error:
                 failure = codec.failure_of(error)
                 self._log.warning("operation_failed", code=error.code, error=str(error))
@@ -180,10 +200,12 @@ class Worker:
             ok=failure is None,
             failure=failure,
             seconds=time.perf_counter() - began,
-            bytes=size,
+            bytes=done.footprint_bytes,
+            held_bytes=done.held_bytes,
+            freed_bytes=done.freed_bytes,
         )
 
-    async def _load(self, command: m.Load) -> int:
+    async def _load(self, command: m.Load) -> _Outcome:
         spec = command.spec
         await self._await_others(command)
         async with self._locks.setdefault(spec.name, asyncio.Lock()):
@@ -191,12 +213,15 @@ class Worker:
                 raise Overloaded("The worker is leaving.", "Use another worker.")
             engine = self._engines.get(spec.name)
             if engine is not None and engine.state.state == "ready":
-                return spec.footprint_bytes
+                return _Outcome(spec.footprint_bytes, engine.state.measured_bytes)
             self._ledger.reserve(spec.name, spec.footprint_bytes)
             engine = _Engine(
                 spec,
                 m.EngineState(
-                    artifact=spec.name, state="loading", footprint_bytes=spec.footprint_bytes, slots=spec.slots
+                    artifact=spec.name,
+                    state="loading",
+                    footprint_bytes=spec.footprint_bytes,
+                    slots=spec.at_once(self._device),
                 ),
             )
             self._engines[spec.name] = engine
@@ -210,7 +235,7 @@ class Worker:
                     await engine.child.ended.wait()
                 self._forget(spec.name)
                 raise
-        return spec.footprint_bytes
+        return _Outcome(spec.footprint_bytes, engine.state.measured_bytes)
 
     async def _bring_up(self, engine: _Engine, expires_at: float) -> None:
         spec = engine.spec
@@ -238,11 +263,11 @@ class Worker:
         self._tasks.add(watch)
         watch.add_done_callback(self._tasks.discard)
 
-    async def _evict(self, command: m.Evict) -> int:
+    async def _evict(self, command: m.Evict) -> _Outcome:
         async with self._locks.setdefault(command.artifact, asyncio.Lock()):
             engine = self._engines.get(command.artifact)
             if engine is None or engine.child is None:
-                return 0
+                return _Outcome()
             engine.draining = True
             engine.state = msgspec.structs.replace(engine.state, state="draining")
             await self._publish()
@@ -255,7 +280,7 @@ class Worker:
                 standby_bytes=kept,
             )  # fmt: skip
             await self._publish()
-            return size
+            return _Outcome(size, before, freed)
 
     async def _await_others(self, command: m.Load) -> None:
         """Wait for the operations that must have ended first; one that is not known here has."""

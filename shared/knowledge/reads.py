@@ -182,7 +182,8 @@ async def last_feedback(store: Store, count: int) -> list[tuple[str, str, float]
 
 
 async def energy(store: Store) -> m.EnergyReports:
-    """Each worker's energy ledger over all its starts, with what its answers' own figures add up to."""
+    """Each worker's energy ledger over all its starts, with what its answers' own figures add up to: of the answers
+    that had ended when the ledger was last reported, so that both speak of the same time."""
     e, c = t.energy, t.completions
     names = ("elapsed_s", "total_j", "idle_j", "other_j", "active_j", "load_j", "loads", "busy_s", "tokens_in",
              "tokens_out")  # fmt: skip
@@ -195,9 +196,11 @@ async def energy(store: Store) -> m.EnergyReports:
         .group_by(e.c.worker, e.c.artifact)
         .order_by(e.c.worker, e.c.artifact)
     )  # fmt: skip
+    reported = select(e.c.worker, func.max(e.c.at).label("at")).group_by(e.c.worker).subquery()
     answered = (
         select(c.c.worker, c.c.artifact, func.count(), func.sum(c.c.energy_j))
-        .where(c.c.answered)
+        .join(reported, reported.c.worker == c.c.worker)
+        .where(c.c.answered, c.c.ended_at <= reported.c.at)
         .group_by(c.c.worker, c.c.artifact)
     )
     async with store.read() as connection:

@@ -46,7 +46,9 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     context: Annotated[int, Meta(ge=16)] = 1024
     """Tokens a slot holds, prompt and answer together."""
     slots: Annotated[int, Meta(ge=1, le=256)] = 8
-    """Sequences generated at once."""
+    """Sequences of `context` tokens that there is memory for; as many are generated at once."""
+    sequences: Annotated[int, Meta(ge=1, le=256)] | None = None
+    """Most sequences generated at once in that memory, when they are shorter: at least `slots`, on CPUs."""
     memory: str | int | None = None
     """What one resident copy needs, stated for people who have not pulled the model yet."""
 
@@ -70,6 +72,9 @@ class CardSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     variant: Slug
     adapter: Slug | None = None
     """Answer with this adapter over the model; cards over one variant share its memory whatever their adapters."""
+    prompt_lookup: bool = False
+    """For cards whose answers repeat their prompts (editing, extracting, summing up): tokens are guessed out of the
+    prompt and several verified in one step. The answers are the same."""
     description: Annotated[str, Meta(min_length=1)]
     exemplars: list[str] = []
     domains: dict[str, Share] = {}

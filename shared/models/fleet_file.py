@@ -149,7 +149,9 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
                 "Fetch it with `calm models pull`.",
             )
         model = models[card.model]
-        spec = manifest.artifact(variant, slots=model.slots, context=model.context, overhead_bytes=overhead)
+        spec = manifest.artifact(
+            variant, slots=model.slots, context=model.context, overhead_bytes=overhead, sequences=model.sequences or 0
+        )
         if adapters := adapters_of(fleet, card.model, card.variant):
             spec = _with_adapters(spec, adapters, store)
         result.append(
@@ -157,6 +159,7 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
                 name=card.name,
                 artifact=spec,
                 adapter=card.adapter or "",
+                prompt_lookup=card.prompt_lookup,
                 description=card.description,
                 exemplars=card.exemplars,
                 domains=card.domains,
@@ -308,6 +311,12 @@ def _check_models(fleet: FleetFile, problem: _Problem) -> None:
                     "Name each variant once, or rename one of the models.",
                 )
             artifacts[name] = f"`{model.name}` with `{variant}`"
+        if model.sequences is not None and model.sequences < model.slots:
+            raise problem.at(
+                ("models", index, "sequences"),
+                f"{model.sequences} sequences at once leave memory for {model.slots} slots unused.",
+                f"Write at least {model.slots}, or lower the model's slots.",
+            )
 
 
 def _check_adapters(fleet: FleetFile, problem: _Problem) -> None:

@@ -82,8 +82,11 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def variant(self, name: str) -> Variant | None:
         return next((v for v in self.variants if v.name == name), None)
 
-    def artifact(self, variant: Variant, *, slots: int, context: int, overhead_bytes: int) -> ArtifactSpec:
-        """The variant as something a worker can hold, with `slots` sequences of `context` tokens."""
+    def artifact(
+        self, variant: Variant, *, slots: int, context: int, overhead_bytes: int, sequences: int = 0
+    ) -> ArtifactSpec:
+        """The variant as something a worker can hold: memory for `slots` sequences of `context` tokens, shared by up
+        to `sequences` where they are shorter."""
         architecture = replace(self.architecture, kv_dtype=variant.kv_dtype or self.architecture.kv_dtype)
         return ArtifactSpec(
             name=artifact_name(self.name, variant.name),
@@ -93,6 +96,7 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
             kv_bytes_per_token=architecture.kv_bytes_per_token,
             slots=slots,
             context=min(context, self.architecture.context),
+            sequences=sequences,
             overhead_bytes=overhead_bytes,
             tokenizer=self.tokenizer.sha256,
         )

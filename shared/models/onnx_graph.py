@@ -5,8 +5,9 @@ The graph's contract (layout `calm`), which the engine relies on:
 - inputs `input_ids` int64 [batch, seq]; `seqlens_k` int32 [batch]: valid tokens after this step, minus 1;
   `total_sequence_length` int32 []: the largest of these, plus 1; `past_key_values.L.key` and `.value`
   float32 (float16 in precisions with fp16) [batch, kv_heads, max_length, head_size];
+- optional input `logits_from` int64 [1], by default -1: the first position to give logits of, counted from the end;
 - outputs `present.L.key` and `.value`, of the same shape, meant to be bound to the memory of the inputs;
-  `logits` float32 [batch, 1, vocab]: of the last position only, so that prefill does not pay for all.
+  `logits` float32 [batch, positions, vocab]: by default of the last position, so that prefill does not pay for all.
 """
 
 from __future__ import annotations
@@ -29,11 +30,20 @@ Precision = Literal["fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16"]
 """Of the weights, and after the dash of everything between them when that is not float32. GroupQueryAttention runs on
 CUDA with half precision alone (onnxruntime's docs/OperatorKernels.md), so those with fp16 are the ones for GPUs."""
 
-CONVERTER = 2
+CONVERTER = 3
 """Goes up whenever the same file is to give another graph or other weights, so that stored variants are made anew."""
+
+LOGITS_FROM = "logits_from"
+"""The optional input; a constant where nothing is fed."""
 
 _MS = "com.microsoft"
 _DATA = "model.onnx.data"
+_SMALL = 2**20
+"""Weights of a matrix below which its nodes cost more time than its bytes: int4 spends bytes to save nodes there
+(docs/decisions/0018-int4-faster.md)."""
+_IN_FOUR_BITS = 8
+"""Where q, k, v are small, each so manieth layer has them in 4 bits all the same: the whole then stays below three
+quarters of int8's bytes."""
 _OUTSIDE_BYTES = 1024
 """Constants of so many bytes and more lie in the data file."""
 
@@ -50,6 +60,7 @@ class DecoderBuilder:
         self._nodes: list[onnx.NodeProto] = []
         self._inits: list[onnx.TensorProto] = []
         self._widened: set[str] = set()
+        self._layer_number = 0
         self._attention = Attention(spec, weights, self._node, self._init, half=self._half)
 
     def save(self, folder: Path) -> None:
@@ -103,20 +114,28 @@ class DecoderBuilder:
             values, scales = quantize.int8(weights)
             inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
             return self._matmul8(inputs, out, rows, columns)
-        # What attention gives is the least sensitive of the four inputs: its sums would cost more speed than they
-        # mend (top-1 .94 instead of .97, 5 % of decoding; docs/decisions/0013-int4.md).
-        four = quantize.int4(weights, sums=not name.endswith(".attn_output"))
+        kind, small = name.rpartition(".")[2], rows * columns < _SMALL
+        if kind == "attn_output" and small:
+            four = quantize.int4_symmetric(weights)
+        elif kind == "qkv" and small and self._layer_number % _IN_FOUR_BITS != _IN_FOUR_BITS - 1:
+            values, scales = quantize.int8(weights)
+            return self._matmul8(
+                [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)], out, rows, columns
+            )
+        else:
+            four = quantize.int4(weights, means=kind != "attn_output")
         inputs = [
-            self._with_sums(x, columns) if four.widened else x,
+            self._with_means(x, columns) if four.widened else x,
             self._init(f"{name}.q", four.values),
             self._init(f"{name}.s", four.scales),
         ]
         if four.zeros is not None:
             inputs.append(self._init(f"{name}.z", four.zeros))
-        wide = columns + (quantize.sum_columns(columns) if four.widened else 0)
-        return self._node(
-            "MatMulNBits", inputs, [out], _MS, bits=4, K=wide, N=rows, block_size=quantize.BLOCK, accuracy_level=4
-        )
+        wide = columns
+        if four.widened:
+            wide += quantize.mean_columns(columns) if self._half else columns // quantize.BLOCK
+        block = 2 * four.values.shape[-1]
+        return self._node("MatMulNBits", inputs, [out], _MS, bits=4, K=wide, N=rows, block_size=block, accuracy_level=4)
 
     def _matmul8(self, inputs: list[str], out: str, rows: int, columns: int) -> str:
         block = quantize.int8_block(columns)
@@ -124,16 +143,21 @@ class DecoderBuilder:
             "MatMulNBits", inputs, [out], _MS, bits=8, K=columns, N=rows, block_size=block, accuracy_level=4
         )
 
-    def _with_sums(self, x: str, columns: int) -> str:
-        """x with the sums of its blocks behind it, as `quantize.int4` needs it; made once for each x."""
+    def _with_means(self, x: str, columns: int) -> str:
+        """x with the means of its blocks behind it, as `quantize.int4` needs it; made once for each x."""
         wide = f"{x}.wide"
-        if wide not in self._widened:
-            self._widened.add(wide)
-            summing = f"summing.{columns}"
-            if summing not in self._widened:
-                self._widened.add(self._init(summing, quantize.block_sums(columns)))
-            self._node("Concat", [x, self._node("MatMul", [x, summing], [f"{x}.sums"])], [wide], axis=-1)
-        return wide
+        if wide in self._widened:
+            return wide
+        self._widened.add(wide)
+        if not self._half:  # a pool runs in the calling thread; a MatMul is handed out to all (4 % of decoding)
+            size = [quantize.BLOCK]
+            means = self._node("AveragePool", [x], [f"{x}.means"], kernel_shape=size, strides=size)
+        else:  # whole blocks, which kernels for CUDA want
+            averaging = f"averaging.{columns}"
+            if averaging not in self._widened:
+                self._widened.add(self._init(averaging, quantize.block_means(columns)))
+            means = self._node("MatMul", [x, averaging], [f"{x}.means"])
+        return self._node("Concat", [x, means], [wide], axis=-1)
 
     def _embedding(self) -> str:
         table = self._weights.need("token_embd.weight")
@@ -166,7 +190,7 @@ class DecoderBuilder:
     def _scores(self, x: str, out: str) -> str:
         last = self._node(
             "Slice",
-            [x, self._init("last", np.array([-1], np.int64)), self._init("end", np.array([2**62], np.int64)),
+            [x, self._init(LOGITS_FROM, np.array([-1], np.int64)), self._init("end", np.array([2**62], np.int64)),
              self._init("one", np.array([1], np.int64))],
             ["last_hidden"],
         )  # fmt: skip
@@ -177,7 +201,10 @@ class DecoderBuilder:
             table = "embedding" if own is None else self._init("head", own)
             flat = self._node("Reshape", [last, self._init("rows", np.array([-1, a.hidden], np.int64))], ["last_flat"])
             scores = self._node("Gemm", [flat, table], ["scores"], transB=1)
-            return self._node("Unsqueeze", [scores, "one"], [out])
+            places = self._node("Shape", [last], ["scores.places"], start=0, end=2)
+            vocab = self._init("scores.vocab", np.array([a.vocab], np.int64))
+            shape = self._node("Concat", [places, vocab], ["scores.shape"], axis=0)
+            return self._node("Reshape", [scores, shape], [out])
         inputs = [last, "embedding.q", "embedding.s"]
         if own is not None:
             values, scales = quantize.int8(own)
@@ -187,6 +214,7 @@ class DecoderBuilder:
     def _layer(self, index: int, x: str, residual: str) -> tuple[str, str]:
         """One block: `x` is the normalised input, `residual` the running sum; returns the next pair."""
         p, blk, weights = f"layer{index}", f"blk.{index}", self._weights
+        self._layer_number = index
         attended = self._attention.layer(index, self._linear_of(x, weights.qkv(index), f"{p}.qkv"))
         out = self._linear_of(attended, [Rows(f"{blk}.attn_output")], f"{p}.attn_output")
         if self._spec.family.post_norms:
@@ -245,9 +273,10 @@ class DecoderBuilder:
             value_info("seqlens_k", TensorProto.INT32, ["batch"]),
             value_info("total_sequence_length", TensorProto.INT32, []),
             *(value_info(f"past_key_values.{side}", kind, cache) for side in sides),
+            value_info(LOGITS_FROM, TensorProto.INT64, [1]),
         ]
         outputs = [
-            value_info("logits", TensorProto.FLOAT, ["batch", 1, a.vocab]),
+            value_info("logits", TensorProto.FLOAT, ["batch", "positions", a.vocab]),
             *(value_info(f"present.{side}", kind, cache) for side in sides),
         ]
         graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, self._inits)

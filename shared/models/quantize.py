@@ -49,19 +49,19 @@ class Int4:
     zeros: Bytes | None
     """[n, ceil(k'/32 / 2)]; None when every zero point is 8, which MatMulNBits assumes then."""
     widened: bool
-    """k' = k + sum_columns(k), and the last columns meet `block_sums` of the input; otherwise k' = k."""
+    """k' = k + mean_columns(k), and the last columns meet the means of the input's blocks; otherwise k' = k."""
 
 
-def int4(weights: Floats, *, sums: bool = True) -> Int4:
+def int4(weights: Floats, *, means: bool = True) -> Int4:
     """4 bits with a fractional offset per block, in a form that whole zero points can carry.
 
     MatMulNBits is quick with whole zero points only. A block is fitted as scale x value + offset, the offset's whole
-    steps go into the zero point, and the rest of it multiplies the block's sum of inputs: as weights of further
-    columns, which meet `block_sums` of the input. Blocks that lie on such a grid already (Q4_0, Q4_1) keep it. Where
-    no block has a rest, as with Q4_0, there are no further columns; without `sums` there are none either, and the
-    rests are dropped. `weights` [n, k].
+    steps go into the zero point, and the rest of it multiplies the mean of the block's inputs (and their number): as
+    weights of further columns, which meet these means. Blocks that lie on such a grid already (Q4_0, Q4_1) keep it.
+    Where no block has a rest, as with Q4_0, there are no further columns; without `means` there are none either, and
+    the rests are dropped. `weights` [n, k].
 
-    Measured in docs/decisions/0013-int4.md.
+    Measured in docs/decisions/0013-int4.md and 0018-int4-faster.md.
     """
     rows, columns = weights.shape
     values, scales, offsets = (
@@ -69,10 +69,10 @@ def int4(weights: Floats, *, sums: bool = True) -> Int4:
     )
     zeros = np.clip(np.rint(-offsets / scales), 0, 15)
     left = offsets + scales * zeros
-    widened = sums and bool((np.abs(left) > _NO_REST * np.abs(scales)).any())
+    widened = means and bool((np.abs(left) > _NO_REST * np.abs(scales)).any())
     if widened:
-        rest = np.zeros((rows, sum_columns(columns)), np.float32)
-        rest[:, : columns // BLOCK] = left
+        rest = np.zeros((rows, mean_columns(columns)), np.float32)
+        rest[:, : columns // BLOCK] = left * BLOCK
         more = rest.reshape(rows, -1, BLOCK)
         low, high = np.minimum(more.min(-1), 0.0), np.maximum(more.max(-1), 0.0)
         step = _positive((high - low) / 15.0)
@@ -88,16 +88,34 @@ def int4(weights: Floats, *, sums: bool = True) -> Int4:
     )
 
 
-def sum_columns(columns: int) -> int:
-    """Columns that `int4` adds to `columns`: one for each block, rounded up to whole blocks."""
+def int4_symmetric(weights: Floats) -> Int4:
+    """4 bits around 8 in blocks of 64 (of 32 where they do not fit): the quickest that MatMulNBits has, without zero
+    points and further columns, and no block keeps its grid. `weights` [n, k]."""
+    rows, columns = weights.shape
+    size = int8_block(columns)
+    blocks = weights.reshape(-1, size)
+    low, high = blocks.min(-1), blocks.max(-1)
+    extreme = np.where(-low > high, low, high)
+    best, least = np.full(low.shape, 1e-8, np.float32), np.full(low.shape, np.inf, np.float32)
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8):
+        scale = np.where(extreme != 0, extreme * (shrink / -8.0), 1e-8).astype(np.float32)
+        _, error = _rounded(blocks, scale, -8.0 * scale)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    values, _ = _rounded(blocks, best, -8.0 * best)
+    shape = (rows, columns // size)
+    return Int4(_pack(values.reshape(*shape, size)), best.reshape(shape), zeros=None, widened=False)
+
+
+def mean_columns(columns: int) -> int:
+    """Columns that `int4` adds to `columns`: one for each block, rounded up to whole blocks (the rest is zero)."""
     return -(-columns // BLOCK // BLOCK) * BLOCK
 
 
-def block_sums(columns: int) -> Floats:
-    """[columns, sum_columns]: what an input is multiplied with to give the sums that `int4`'s last columns take."""
-    sums = np.zeros((columns, sum_columns(columns)), np.float32)
-    sums[np.arange(columns), np.arange(columns) // BLOCK] = 1.0
-    return sums
+def block_means(columns: int) -> Floats:
+    """[columns, mean_columns]: what an input is multiplied with to give the means that `int4`'s last columns take."""
+    means = np.zeros((columns, mean_columns(columns)), np.float32)
+    means[np.arange(columns), np.arange(columns) // BLOCK] = 1.0 / BLOCK
+    return means
 
 
 def _fit(blocks: Floats) -> tuple[Floats, Floats, Floats]:

@@ -16,7 +16,8 @@ import msgspec
 
 from shared.errors import ChecksumMismatch, ModelMissing, NotReady
 from shared.models.files import sha256_of
-from shared.models.manifest import MANIFEST_FILE, Manifest, Variant
+from shared.models.manifest import MANIFEST_FILE, Manifest, Variant, artifact_name
+from shared.settings import PACKED
 
 _NEW, _OLD, _LOCK, _SWAP = ".new-", ".old-", ".lock", ".swap"
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -156,7 +157,10 @@ class ModelStore:
     def remove(self, name: str) -> None:
         """Delete a model. Raises ModelMissing when it is not here."""
         with self.locked():
-            self.get(name)
+            variants = "|".join(re.escape(artifact_name(name, v.name)) for v in self.get(name).variants)
+            for packed in (self.root / PACKED).glob("*"):
+                if re.fullmatch(f"(?:{variants})-[0-9a-f]{{16}}", packed.name):
+                    shutil.rmtree(packed, ignore_errors=True)
             old = Path(tempfile.mkdtemp(prefix=_NEW, dir=self.root))
             with self._swap(fcntl.LOCK_EX):
                 self.path(name).rename(old / "model")

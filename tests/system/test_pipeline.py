@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import children_of, running
+from tests.processes import engines_of, running
 from tests.system.client import ask, converse, knowledge
 from tests.system.conftest import System
 
@@ -70,7 +70,7 @@ async def test_bad_queries_are_answered_at_once_with_what_to_change(system: Syst
 
 
 async def test_models_are_loaded_and_evicted_on_demand(system: System) -> None:
-    """With memory for one model, asking for each in turn swaps them, and every swap is on record."""
+    """With memory for one model, asking for each swaps them; each swap is on record, with what it gave back."""
     await system.add_worker("w1", CALM_WORKER_MEMORY="42 MB")
     nc = system.bus.nc
     for name in ("plain", "other", "third", "plain"):
@@ -80,6 +80,9 @@ async def test_models_are_loaded_and_evicted_on_demand(system: System) -> None:
     assert counts["by_card"] == {"plain": 2, "other": 1, "third": 1}
     assert counts["evictions"] >= 3
     assert counts["loads"] == counts["evictions"] + 1
+    operations = (await knowledge(nc, "operations"))["operations"]
+    assert all(o["held_bytes"] > 0 for o in operations)
+    assert all(o["freed_bytes"] >= 0.95 * o["held_bytes"] for o in operations if o["kind"] == "evict")
 
 
 async def test_a_killed_worker_s_queries_are_answered_by_another(system: System) -> None:
@@ -92,7 +95,7 @@ async def test_a_killed_worker_s_queries_are_answered_by_another(system: System)
     talks = [await converse(nc, prompt=f"question {i}", stream=True, model="plain", max_tokens=3500) for i in range(6)]
     async with asyncio.timeout(20):
         await asyncio.wait([asyncio.create_task(t.first.wait()) for t in talks], return_when=asyncio.FIRST_COMPLETED)
-    engines = children_of(first.pid)
+    engines = await engines_of("w1", system.bus)
     await first.kill()
     await system.add_worker("w2")
     finals = await asyncio.gather(*(t.final(60) for t in talks))
@@ -144,7 +147,7 @@ async def test_every_service_stops_on_sigterm_with_status_zero(system: System) -
     """SIGTERM drains: exit status 0, and no engine is left."""
     worker = await system.add_worker("w1")
     await ask(system.bus.nc, prompt="hi")
-    engines = children_of(worker.pid)
+    engines = await engines_of("w1", system.bus)
     assert engines
     assert await worker.stop() == 0
     assert not any(_alive(pid) for pid in engines)

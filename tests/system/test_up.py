@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import children_of
+from tests.processes import of_home
 
 pytestmark = pytest.mark.system
 
@@ -125,31 +125,25 @@ async def test_a_newcomer_s_first_quarter_of_an_hour(tmp_path: Path, models: Pat
             else:
                 assert printed.strip()
 
-        children = children_of(up.process.pid)
-        assert len(children) >= 6
+        assert len(of_home(tmp_path)) >= 7
         rest = await up.interrupt()
         assert "stopped" in rest
-        assert not [pid for pid in children if _exists(pid)]
+        await _nothing_left(tmp_path)
         assert not (tmp_path / "run" / "nats_url").exists()
 
     async with _up(tmp_path, models) as again:
         status = await again.run(*CALM, "status")
         # Six were accepted before the stop: two by the command line, four by the examples; one of those was bad.
         assert "5 accepted, 4 answered, 1 failed" in status
-        killed = children_of(again.process.pid)
         again.process.kill()
         await again.process.wait()
-        for _ in range(50):  # the kernel ends them; nothing announces it
-            if not [pid for pid in killed if _exists(pid)]:
-                break
-            await asyncio.sleep(0.1)
-        assert not [pid for pid in killed if _exists(pid)]
+        await _nothing_left(tmp_path)
 
 
-def _exists(pid: int) -> bool:
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+async def _nothing_left(home: Path) -> None:
+    """Every process ends with the system: the kernel and the nursery see to it; nothing announces it."""
+    for _ in range(50):
+        if not of_home(home):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(of_home(home))

@@ -107,11 +107,25 @@ def test_status_shows_workers_models_and_operations() -> None:
         workers=[worker(engines=[engine(spec(), active=2)])],
         queues={"a-int8": 3},
         counts=m.Counts(accepted=5, answered=4, failed=1, by_card={"card": 4}, failures={"cancelled": 1}, loads=1),
-        operations=[m.Operation(op_id="o", kind="load", worker="w1", artifact="a-int8", ok=True, reason="demand")],
+        operations=[
+            m.Operation(op_id="o", kind="load", worker="w1", artifact="a-int8", ok=True, reason="demand"),
+            m.Operation(
+                op_id="p",
+                kind="evict",
+                worker="w1",
+                artifact="b-int8",
+                ok=True,
+                reason="idle",
+                seconds=0.1,
+                held_bytes=200_000_000,
+                freed_bytes=195_000_000,
+            ),
+        ],
     )
     text = status.render(snapshot)
     for part in ("a-int8", "2/4 slots", "queues: a-int8 3", "5 accepted, 4 answered", "cancelled 1", "demand"):
         assert part in text
+    assert "gave back 195 MB of 200 MB" in text
 
 
 @pytest.mark.parametrize("name", ["embedded", "starter"])

@@ -35,6 +35,14 @@ class FakeNvml:
         self.asked.append(index)
         return f"handle-{index}"
 
+    NVMLError = RuntimeError
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 8
+
+    def nvmlDeviceGetMigMode(self, _handle: str) -> list[int]:  # noqa: N802
+        raise RuntimeError("Not Supported")
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
         self.asked.append(uuid)
         return uuid
@@ -77,7 +85,8 @@ class Bench:
             meter.source = "rapl"
         self.keeper = EnergyKeeper(
             None, Settings(power_idle_w=10.0, power_core_w=8.0), "w1", device, lambda: self.running, meter=meter,
-            ticker=lambda: self.now, core_s=self.cores.get, host_core_s=lambda: self.host_s,
+            clock=lambda: 1000.0 + self.now, ticker=lambda: self.now, core_s=self.cores.get,
+            host_core_s=lambda: self.host_s,
         )  # fmt: skip
 
     def passes(self, seconds: float, joules: float = 0.0) -> Any:
@@ -101,6 +110,16 @@ def test_engines_that_share_a_gpu_share_its_counter() -> None:
     assert report.total_j == pytest.approx(150.0)
     assert sum(x.active_j + x.load_j for x in report.accounts) + report.idle_j == pytest.approx(report.total_j)
     assert [x.loads for x in report.accounts] == [1, 1]
+
+
+async def test_a_report_says_up_to_when_it_is_complete() -> None:
+    """Engines tell what they did a little later: the last half second may be missing, except at the end."""
+    bench = Bench()
+    bench.passes(2.0, 10.0)
+    bench.now += 1.0  # a report sent later has no more in it
+    assert bench.keeper.report().at == pytest.approx(1001.5)
+    await bench.keeper.stop()
+    assert bench.keeper.report().at == pytest.approx(1003.0)
 
 
 def test_a_load_is_an_account_of_its_own() -> None:
@@ -194,9 +213,9 @@ def test_the_counter_s_device_is_the_one_that_cuda_means() -> None:
     """CUDA_VISIBLE_DEVICES is translated, by number and UUID; a device without a counter is estimated."""
     nvml = FakeNvml(millijoules=2500)
     assert NvmlMeter(1, nvml, "2,3").read_j() == 2.5
-    assert NvmlMeter(0, nvml, "GPU-abc").read_j() == 2.5
+    assert NvmlMeter(0, nvml, "MIG-abc").read_j() == 2.5
     assert NvmlMeter(1, nvml).read_j() == 2.5
-    assert [a for a in nvml.asked if a != "init"] == [3, "GPU-abc", 1]
+    assert [a for a in nvml.asked if a != "init"] == [2, 3, "MIG-abc", 1]
     assert isinstance(choose_meter(GPU, 1.0, 1.0, nvml=FakeNvml(counts=False)), ModelMeter)
     assert isinstance(choose_meter(GPU, 1.0, 1.0, nvml=nvml, visible="7"), NvmlMeter)
 

@@ -52,6 +52,29 @@ async def test_the_latest_report_of_each_start_counts(store: Store) -> None:
     assert await store.forget(20.0) == 5  # three rows of the first start, the query and its answer
 
 
+async def test_answers_wait_for_the_report_that_has_their_work(store: Store) -> None:
+    """An answer that ended after the last report is not yet held against it: both sums speak of the same time."""
+    await store.commit(Batch(energy=rows.energy(report(at=9.0))))
+    ends = {"before": 8.9, "after": 9.1}
+    for name, at in ends.items():
+        row = {**rows.completion(done(name), at), "worker": "w1", "artifact": "a"}
+        await store.commit(Batch(completions=[row]))
+    assert (await reads.energy(store)).workers[0].accounts[0].answers == 1
+    await store.commit(Batch(energy=rows.energy(report(at=14.0))))
+    assert (await reads.energy(store)).workers[0].accounts[0].answers == 2
+
+
+def test_no_joules_are_shown_as_less_than_none() -> None:
+    """What answers were charged too much at once is called that, and no negative amount is in no answer."""
+    account = m.EnergyAccount(artifact="a", active_j=10.0, answers=1, answers_j=12.5)
+    text = render(m.EnergyReports(workers=[report(accounts=[account])]))
+    assert "charged 2.5 J more than was active" in text
+    assert "in no answer" not in text
+    assert "in no answer (cancelled, failed, still running, rounding): 60 J" in render(
+        m.EnergyReports(workers=[report()])
+    )
+
+
 def test_loads_and_idling_are_shared_out_over_the_answers() -> None:
     """Each model pays for its own loads, and for idling as much as it was active."""
     worker = report()

@@ -16,9 +16,12 @@ from services.workers.engine.energy import ModelMeter
 from services.workers.engine.gate import Open, Turnstile
 from services.workers.engine.loader import measured_bytes, open_model, start
 from services.workers.engine.schedule import Copy, Release
+from services.workers.pack import pack_all
 from shared.messages import ArtifactSpec, Device, Sampling
 from shared.models.gguf_import import import_gguf
 from shared.models.manifest import Manifest
+from shared.models.store import ModelStore
+from shared.settings import PACKED, Settings
 from tests.tiny import write_tiny_gguf
 
 CPU = Device(kind="cpu", name="cpu", threads=1)
@@ -45,7 +48,8 @@ def spec_of(model: Model, variant: str) -> ArtifactSpec:
 
 
 def answer(model: Model, variant: str, cache: Path | None) -> tuple[int, ...]:
-    batcher = start(open_model(*model, spec_of(model, variant), CPU, cache=cache), ModelMeter(1, 1, 1))
+    opened = open_model(*model, spec_of(model, variant), CPU, caches=[cache] if cache else [])
+    batcher = start(opened, ModelMeter(1, 1, 1))
     batcher.add(Request("a", [], Sampling(max_tokens=12), prompt=[40, 41, 42]))
     ended: list[Finished] = []
     while batcher.active:
@@ -89,11 +93,11 @@ def test_several_that_start_at_once_write_one_entry(model: Model, tmp_path: Path
         raise OSError("full")
 
     cache = tmp_path / "cache"
-    assert shared_weights.find_or_make(cache, "m", file, 100, fail) is None
-    assert [p.name for p in cache.iterdir()] == [".lock"]
+    assert shared_weights.find_or_make([cache], "m", file, 100, fail) is None
+    assert not [p for p in cache.iterdir() if p.is_dir()]
     found: list[Path | None] = []
     threads = [
-        threading.Thread(target=lambda: found.append(shared_weights.find_or_make(cache, "m", file, 100, make)))
+        threading.Thread(target=lambda: found.append(shared_weights.find_or_make([cache], "m", file, 100, make)))
         for _ in range(4)
     ]
     for thread in threads:
@@ -104,6 +108,53 @@ def test_several_that_start_at_once_write_one_entry(model: Model, tmp_path: Path
     assert len(set(found)) == 1
     assert found[0] is not None
     assert found[0].read_text() == "graph"
+
+
+def test_another_model_does_not_wait_and_a_store_that_is_only_read_serves(model: Model, tmp_path: Path) -> None:
+    """While one entry is written another is made; what lies in the first place is used, and else the next is filled."""
+    writing, written = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        writing.set()
+        assert written.wait(20)
+        (folder / "model.onnx").write_text("slow")
+
+    def quick(folder: Path) -> None:
+        (folder / "model.onnx").write_text("quick")
+
+    store, home = tmp_path / "store", tmp_path / "home"
+    file, other = (model[0] / variant / "model.onnx" for variant in ("fp32", "int8"))
+    thread = threading.Thread(target=shared_weights.find_or_make, args=([store], "slow", file, 100, slow))
+    thread.start()
+    assert writing.wait(20)
+    found = shared_weights.find_or_make([store], "quick", other, 100, quick, wait_s=1)
+    written.set()
+    thread.join(20)
+    assert found is not None
+    assert found.parent.parent == store
+    assert shared_weights.find_or_make([store, home], "quick", other, 100, pytest.fail) == found
+    assert not home.exists()
+    (tmp_path / "file").write_text("a store that cannot be written")
+    elsewhere = shared_weights.find_or_make([tmp_path / "file", home], "quick", other, 100, quick)
+    assert elsewhere is not None
+    assert elsewhere.parent.parent == home
+
+
+def test_a_removed_model_takes_its_packed_weights_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed into the store for all who use it, once, and gone with the model; those of another model stay."""
+    store = ModelStore(tmp_path / "models")
+    for name in ("t", "t-int8"):
+        with store.staging() as folder:
+            gguf = write_tiny_gguf(tmp_path / "tiny.gguf", context=64)
+            store.publish(folder, import_gguf(gguf, folder, name=name, licence="", source="", variants=["int8"]))
+    settings = Settings(home=tmp_path / "home", models_dir=store.root, device="cpu")
+    pack_all(["t/int8", "t-int8/int8", "missing/int8"], settings)
+    packed = {p.name[:-17]: p for p in (store.root / PACKED).iterdir() if p.is_dir()}
+    assert sorted(packed) == ["t-int8", "t-int8-int8"]
+    monkeypatch.setattr("services.workers.engine.shared_weights._write", pytest.fail)
+    pack_all(["t/int8"], settings)
+    store.remove("t")
+    assert [name for name, folder in packed.items() if folder.exists()] == ["t-int8-int8"]
 
 
 def test_a_kv_cache_holds_what_was_written_and_gives_it_back() -> None:

@@ -124,6 +124,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("==1.0#model.gguf", "", "source =", "not a source", "pypi:PACKAGE==VERSION#FILE"),
         ("quality = 0.5", "max_tokens = 1024", "max_tokens", "no room for a prompt", "max_tokens"),
         ("variants = [", "slots = 0\nvariants = [", "slots = 0", "models[0].slots", "models[0].slots"),
+        ("variants = [", "sequences = 4\nvariants = [", "sequences = 4", "memory for 8 slots unused", "at least 8"),
+        ("variants = [", "sequences = 999\nvariants = [", "sequences = 999", "models[0].sequences", "models[0].seq"),
     ],
 )
 def test_a_mistake_is_answered_with_its_line(old: str, new: str, at: str, message: str, remedy: str) -> None:
@@ -200,6 +202,18 @@ def test_cards_carry_what_the_store_knows() -> None:
     assert cards[1].tags == ["local"]
     specs = fleet_file.artifact_specs(fleet_file.parse_fleet(GOOD, "f"), _Store("int8", "fp32"))
     assert set(specs) == {"small-int8", "small-fp32"}
+
+
+def test_memory_and_guessing_are_as_the_file_says() -> None:
+    """`sequences` shares the slots' bytes and adds none; `prompt_lookup` is the card's."""
+    plain = fleet_file.cards(fleet_file.parse_fleet(GOOD, "f"), _Store("int8", "fp32"))[0]
+    text = GOOD.replace("variants = [", "sequences = 24\nvariants = [", 1).replace(
+        "quality = 0.5", "quality = 0.5\nprompt_lookup = true", 1
+    )
+    shared = fleet_file.cards(fleet_file.parse_fleet(text, "f"), _Store("int8", "fp32"))[0]
+    assert (plain.artifact.sequences, shared.artifact.sequences) == (0, 24)
+    assert plain.artifact.footprint_bytes == shared.artifact.footprint_bytes
+    assert (plain.prompt_lookup, shared.prompt_lookup) == (False, True)
 
 
 @pytest.mark.parametrize("variants", [(), ("int8",)])

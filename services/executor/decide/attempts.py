@@ -41,6 +41,7 @@ def work(planned: m.Planned, cards: Mapping[str, m.Card], rank: int, attempt: in
         card=card.name,
         artifact=card.artifact.name,
         adapter=card.adapter,
+        prompt_lookup=card.prompt_lookup,
         messages=conversation(accepted.query, card),
         sampling=sampling(accepted.query, card),
         planned=planned,

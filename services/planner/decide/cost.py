@@ -98,12 +98,13 @@ def estimate(
     ready = engine is not None and engine.state == "ready"
     active = engine.active if engine is not None else 0
     ahead = max(waiting, active)
-    batch = min(spec.slots, ahead + 1)
+    slots = spec.at_once(worker.device)
+    batch = min(slots, ahead + 1)
     tpot = unit.tpot_s * (1.0 + BATCH_SLOPE * (batch - 1))
     prefill = unit.prefill_s * tokens_in
     decode = tpot * tokens_out
     service = prefill + decode
-    queue = service * (ahead - spec.slots + 1) / spec.slots if ahead >= spec.slots else 0.0
+    queue = service * (ahead - slots + 1) / slots if ahead >= slots else 0.0
     return Estimate(
         worker=worker.worker,
         queue_s=queue,

@@ -337,10 +337,11 @@ def _needs(context: _Pass) -> list[tuple[str, str]]:
 def _short_of_slots(context: _Pass) -> list[str]:
     short: list[tuple[int, str]] = []
     for artifact, demand in context.demand.items():
-        holders = sum(artifact in room.holds for room in context.rooms)
-        if artifact not in context.specs or not holders:
+        spec = context.specs.get(artifact)
+        holders = [room.state.device for room in context.rooms if artifact in room.holds]
+        if spec is None or not holders:
             continue
-        lacking = demand.waiting - holders * context.specs[artifact].slots
+        lacking = demand.waiting - sum(spec.at_once(device) for device in holders)
         if lacking > 0:
             short.append((-lacking, artifact))
     return [artifact for _, artifact in sorted(short)]

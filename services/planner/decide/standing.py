@@ -45,8 +45,9 @@ class Standing:
         self.fits_somewhere = (
             np.asarray(fits.any(axis=1))[self.artifact_of] if len(workers) else np.zeros(len(cards), bool)
         )
+        at_once = [min((s.at_once(w.device) for w in workers), default=s.slots) for s in self.specs]
         self.fleet = Fleet(
-            tuple(specs), self.workers, self._costs(workers, qos), [spec.slots for spec in self.specs], fits,
+            tuple(specs), self.workers, self._costs(workers, qos), at_once, fits,
             shared=(False,) * len(workers), crowding=len(workers) > 0,
         )  # fmt: skip
 

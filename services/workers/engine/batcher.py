@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from services.workers.engine import sampling
+from services.workers.engine.drafting import Drafter, Widths
 from services.workers.engine.energy import AttributedMeter, Meter
 from services.workers.engine.gate import Gate, Open
 from services.workers.engine.lora import APART, Choice, Stack
@@ -41,6 +42,8 @@ class Request:
     """Read before those that are not."""
     adapter: str = ""
     """LoRA adapter over the model; empty for none."""
+    prompt_lookup: bool = False
+    """While it runs alone, guess tokens out of its own text and verify several at once: the answer is the same."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Finished:
     tokens: tuple[int, ...] = ()
     tokens_cached: int = 0
     """Of `tokens_in`, those that lay in the KV cache already and were not read."""
+    tokens_drafted: int = 0
+    """Tokens that were guessed and verified."""
+    tokens_accepted: int = 0
+    """Of these, those that were right."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,9 @@ class _Sequence:
     growing: Growing
     source: np.random.Generator
     adapter: int = 0
+    drafter: Drafter | None = None
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
     tokens_cached: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -136,6 +146,7 @@ class Batcher:
         gate = gate or Open()
         self._gate = meter.gated(gate) if isinstance(meter, AttributedMeter) else gate
         self._adapters = adapters or Stack()
+        self._widths = Widths()
         self._chooser = sampling.Chooser(runner.vocab)
         self._sequences: dict[str, _Sequence] = {}
         self._came: list[Event] = []
@@ -153,6 +164,11 @@ class Batcher:
     @property
     def free_slots(self) -> int:
         return self._schedule.free
+
+    @property
+    def short_of_memory(self) -> bool:
+        """Somebody waits for KV memory although there is a row: what is taken in now waits behind it."""
+        return self._schedule.short_of_memory
 
     def add(self, request: Request) -> None:
         """Take a request in; it is prefilled by later steps.
@@ -172,6 +188,7 @@ class Batcher:
         self._sequences[request.id] = _Sequence(
             request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop),
             sampling.generator(request.sampling.seed), adapter,
+            Drafter(prompt) if request.prompt_lookup and self._runner.verifies else None,
         )  # fmt: skip
         if request.deadline_at is not None:
             self._deadlines[request.id] = request.deadline_at
@@ -279,6 +296,12 @@ class Batcher:
 
     def _decode(self) -> None:
         schedule = self._schedule
+        if len(schedule.decoding) == 1:
+            alone = schedule.decoding[0]
+            draft = self._draft(self._sequences[alone])
+            if draft:
+                self._verify(alone, draft)
+                return
         began = self._timer()
         tokens, lengths, adapters = [], [], []
         decoding: list[tuple[int, str]] = []
@@ -294,7 +317,10 @@ class Batcher:
             lengths.append(len(row.tokens))
         self._adapters.select(adapters)
         logits = self._runner.decode(tokens, lengths)
-        self._pace.has_decoded(len(decoding), self._timer() - began)
+        seconds = self._timer() - began
+        self._pace.has_decoded(len(decoding), seconds)
+        if len(decoding) == 1:
+            self._widths.took(0, seconds)
         share = self._charge_j() / len(decoding)
         for index, sequence in decoding:
             schedule.rows[index].tokens.append(tokens[index] + APART * adapters[index])
@@ -304,6 +330,34 @@ class Batcher:
             state.energy_out_j += share
         rows = [index for index, _ in decoding]
         self._take(logits if len(rows) == len(tokens) else logits[rows], [s for _, s in decoding])
+
+    def _draft(self, state: _Sequence) -> list[int]:
+        """Guesses worth verifying; never more than the answer may still have beside the token that is certain."""
+        if state.drafter is None:
+            return []
+        return state.drafter.draft(state.limit - len(state.tokens) - 1, self._widths.slope)
+
+    def _verify(self, sequence: str, draft: list[int]) -> None:
+        """Read the last token and what is guessed to follow it, and choose as ever after each: what is chosen after a
+        right guess is what another step would have chosen. What lies behind the first wrong one is read again."""
+        state, held = self._sequences[sequence], self._schedule.tokens(sequence)
+        tokens = [state.tokens[-1], *draft]
+        self._adapters.select([state.adapter])
+        began = self._timer()
+        logits = self._runner.verify(self._schedule.row_of(sequence), tokens, len(held))
+        self._widths.took(len(draft), self._timer() - began)
+        state.energy_out_j += self._charge_j()
+        state.batch_sum += 1
+        state.steps += 1
+        state.tokens_drafted += len(draft)
+        for place, token in enumerate(tokens):
+            held.append(token + APART * state.adapter)
+            right = place < len(draft)
+            self._take(logits[place : place + 1], [sequence])
+            right = right and state.tokens[-1] == draft[place]
+            state.tokens_accepted += right
+            if not right or sequence not in self._sequences:
+                return
 
     def _take(self, logits: Logits, running: list[str]) -> None:
         """Choose a token for each row of `logits` [n, vocab], and say what came of it: first of those that end."""
@@ -332,6 +386,8 @@ class Batcher:
     def _advance(self, state: _Sequence, choice: sampling.Choice, now: float) -> None:
         sequence, first = state.request.id, not state.tokens
         state.tokens.append(choice.token)
+        if state.drafter is not None:
+            state.drafter.add(choice.token)
         state.logprobs.append(choice.logprob)
         state.entropies.append(choice.entropy)
         if first:
@@ -371,6 +427,8 @@ class Batcher:
             energy_out_j=state.energy_out_j,
             tokens=tuple(state.tokens),
             tokens_cached=state.tokens_cached,
+            tokens_drafted=state.tokens_drafted,
+            tokens_accepted=state.tokens_accepted,
         )
 
 

@@ -21,6 +21,8 @@ class Cache(Protocol):
 
     where: tuple[str, int]
     """Device name and index, as ONNX Runtime's bindings want them."""
+    granule: int
+    """Memory of a row is taken by so many tokens at once."""
 
     def shape(self, name: str) -> Shape: ...
 
@@ -44,6 +46,7 @@ class HostCache:
             size = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
             self._maps[name] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._arrays[name] = np.frombuffer(self._maps[name], dtype).reshape(rows, *shape)
+        self.granule = max(-(-mmap.PAGESIZE // (shape[2] * np.dtype(dtype).itemsize)) for shape in shapes)
 
     def shape(self, name: str) -> Shape:
         heads, context, size = self._arrays[name].shape[1:]
@@ -86,6 +89,7 @@ class DeviceCache:
         self, names: list[str], rows: int, shapes: list[Shape], dtype: type[np.generic], device: Device
     ) -> None:
         self.where = ("cuda", device.index) if device.kind == "cuda" else ("cpu", 0)
+        self.granule = max(shape[1] for shape in shapes)
         self._dtype = dtype
         self._shapes = dict(zip(names, shapes, strict=True))
         self._buffers = {name: self._allocate((rows, *shape)) for name, shape in self._shapes.items()}

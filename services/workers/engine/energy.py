@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+from services.workers import gpu
 from services.workers.energy_split import Follower
 from services.workers.engine.gate import Gate
 from shared.messages import Device
@@ -44,18 +45,11 @@ class NvmlMeter:
             nvml = pynvml
         nvml.nvmlInit()
         self._read = nvml.nvmlDeviceGetTotalEnergyConsumption
-        self._handle = handle_of(nvml, index, visible)
+        self._handle = gpu.handle_of(nvml, index, visible)
         self.read_j()
 
     def read_j(self) -> float:
         return float(self._read(self._handle)) / 1000.0
-
-
-def handle_of(nvml: Any, index: int, visible: str | None) -> Any:
-    """NVML's handle of the device that CUDA calls `index`: NVML counts all devices of the machine, CUDA those listed
-    in CUDA_VISIBLE_DEVICES, by number or UUID. Raises IndexError when fewer are listed."""
-    which = str(index) if visible is None else [v.strip() for v in visible.split(",") if v.strip()][index]
-    return nvml.nvmlDeviceGetHandleByIndex(int(which)) if which.isdigit() else nvml.nvmlDeviceGetHandleByUUID(which)
 
 
 class RaplMeter:

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from services.workers.engine.energy import Meter
 from services.workers.engine.gate import Gate
 from services.workers.engine.lora import AdaptedRunner, Stack, adapted
 from services.workers.engine.runner import ConcatRunner, Runner, SharedKvRunner
+from services.workers.engine.schedule import Schedule
 from services.workers.engine.session import open_session
 from services.workers.engine.text import Text
 from shared.errors import ModelMissing, UnsupportedModel
@@ -46,45 +47,86 @@ class Opened:
 
 
 def open_model(
-    folder: Path, manifest: Manifest, spec: ArtifactSpec, device: Device, *, cache: Path | None = None
+    folder: Path, manifest: Manifest, spec: ArtifactSpec, device: Device, *, caches: Sequence[Path] = ()
 ) -> Opened:
-    """Open the variant that `spec` names from the model's `folder`; engines on a CPU share what is in `cache`.
+    """Open the variant that `spec` names from the model's `folder`; engines on a CPU share what is in `caches`.
 
     Raises:
         ModelMissing: the store has no such variant, or not an adapter of it.
-        DeviceUnavailable, UnsupportedModel: see `open_session`.
+        DeviceUnavailable, UnsupportedModel: see `variant_for` and `open_session`.
     """
     began = time.perf_counter()
-    variant = manifest.variant(spec.variant)
-    if variant is None:
-        raise ModelMissing(f"{spec.model} has no variant {spec.variant!r}.", "Pull it with `calm models pull`.")
+    variant = variant_for(manifest, spec.variant, device)
     if variant.layout in ("encoder", "static"):
         raise UnsupportedModel(f"{spec.model} is an embedding model.", "Name a generator in the fleet file.")
     model = folder / variant.path / "model.onnx"
     stack = _stack(folder.parent, spec, variant)
     graph = adapted(model, stack) if spec.adapters else None
     session = None
-    if cache is not None and graph is None and device.kind == "cpu":
-        session = _shared(cache, spec.name, model, variant.weights_bytes, device)
+    if caches and graph is None and device.kind == "cpu":
+        session = _shared(caches, spec.name, model, variant.weights_bytes, device)
     session = session or open_session(model, device, device.threads, graph=graph)
     text = Text(folder, manifest.tokenizer)
     give_back()
     return Opened(spec, device, session, variant.layout == "concat", text, stack, time.perf_counter() - began)
 
 
+def variant_for(manifest: Manifest, name: str, device: Device) -> Variant:
+    """The variant to run on `device` where the fleet file names `name`: on CUDA its half-precision sibling.
+
+    ONNX Runtime has no float32 kernel of GroupQueryAttention for CUDA: all attention would run on the CPU, and every
+    layer's KV cache travel there and back, without a word said. Plain exports (`concat`) attend by ordinary operators.
+
+    Raises:
+        ModelMissing: the store has no such variant.
+        UnsupportedModel: it cannot run on CUDA, and the store has no sibling that can.
+    """
+    variant = manifest.variant(name)
+    if variant is None:
+        raise ModelMissing(f"{manifest.name} has no variant {name!r}.", "Pull it with `calm models pull`.")
+    kv_dtype = variant.kv_dtype or manifest.architecture.kv_dtype
+    if device.kind != "cuda" or kv_dtype == "float16" or variant.layout not in ("calm", "gqa"):
+        return variant
+    half = "fp16" if name == "fp32" else f"{name}-fp16"
+    sibling = manifest.variant(half)
+    if sibling is not None:
+        return sibling
+    remedy = "Export it in float16"
+    if variant.layout == "calm":
+        remedy = f"Add {half!r} to the model's `variants` in the fleet file and run `calm models pull`"
+    raise UnsupportedModel(
+        f"{manifest.name} {name} attends in float32, for which ONNX Runtime has no CUDA kernel.",
+        f"{remedy}, or set CALM_DEVICE=cpu.",
+    )
+
+
 def start(opened: Opened, meter: Meter, *, clock: Callable[[], float] = time.time, gate: Gate | None = None) -> Batcher:
-    """A batcher over an opened model, with a KV cache of its own."""
+    """A batcher over an opened model, with a KV cache of its own.
+
+    A row a slot, each of which may be full; or, where more sequences are to share the slots' bytes, as many rows as
+    these and as many again to keep prefixes in: on a CPU a row takes memory as it is written, and the schedule sees to
+    it that all together never hold more tokens than the slots.
+    """
     spec, device, session = opened.spec, opened.device, opened.session
+    at_once = spec.at_once(device)
+    shared = at_once > spec.slots
+    rows = at_once + spec.slots if shared else spec.slots
     runner: Runner
     if spec.adapters:
-        runner = AdaptedRunner(session, spec.slots, spec.context, device, opened.stack)
+        runner = AdaptedRunner(session, rows, spec.context, device, opened.stack)
     elif opened.concat:
-        runner = ConcatRunner(session, spec.slots)
+        runner = ConcatRunner(session, rows)
     else:
-        runner = SharedKvRunner(session, spec.slots, spec.context, device)
+        runner = SharedKvRunner(session, rows, spec.context, device)
+    schedule = None
+    if shared:
+        schedule = Schedule(
+            at_once, compact=runner.compact, extra_rows=spec.slots, capacity_tokens=spec.kv_tokens,
+            granule=runner.granule,
+        )  # fmt: skip
     return Batcher(
-        runner, opened.text, slots=spec.slots, context=spec.context, meter=meter, clock=clock,
-        adapters=opened.stack, gate=gate,
+        runner, opened.text, slots=at_once, context=spec.context, meter=meter, clock=clock,
+        schedule=schedule, adapters=opened.stack, gate=gate,
     )  # fmt: skip
 
 
@@ -102,14 +144,21 @@ def measured_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _shared(cache: Path, name: str, model: Path, weights_bytes: int, device: Device) -> ort.InferenceSession | None:
-    """A session over weights that all engines on this host map; None when that cannot be had."""
+def pack(caches: Sequence[Path], name: str, model: Path, weights_bytes: int, device: Device) -> Path | None:
+    """See that the weights of a graph are packed for this CPU; the graph that maps them, or None when it cannot be."""
 
     def make(target: Path) -> None:
         open_session(model, device, device.threads, save_to=target)
         give_back()
 
-    graph = shared_weights.find_or_make(cache, name, model, weights_bytes, make)
+    return shared_weights.find_or_make(caches, name, model, weights_bytes, make)
+
+
+def _shared(
+    caches: Sequence[Path], name: str, model: Path, weights_bytes: int, device: Device
+) -> ort.InferenceSession | None:
+    """A session over weights that all engines on this host map; None when that cannot be had."""
+    graph = pack(caches, name, model, weights_bytes, device)
     if graph is None:
         return None
     try:

@@ -1,14 +1,16 @@
 """How much of a prompt to read in one step, from how long reading and decoding have taken. Pure.
 
-A stream's gap between two tokens is one step: reading, then decoding. Reading may take `STALL` times as long as
-decoding, so that a long prompt makes the streams beside it slower by a bounded factor and never stops them.
+A stream's gap between two tokens is one step: reading, then decoding. A step that reads may take `STALL` times as long
+as one that only decodes, so that a long prompt makes the streams beside it slower by a bounded factor and never stops
+them. Decoding beside reading is itself slower (what it reads has left the caches), and that counts.
 """
 
 from __future__ import annotations
 
-STALL = 1.75
-"""Reading time of a step over its decoding time. Measured (7 streams, 1,500 tokens): gaps grow to 2.8 to 3.0 times on
-average, the longest to 3.4 to 4.1; with 1.25 the longest were 3.1 to 4.1, and the first token came 1.3 times later."""
+STALL = 2.6
+"""A step that reads over one that only decodes. Measured (7 streams, 1,500 tokens, 2 cores): docs/decisions/0018."""
+BESIDE = 1.25
+"""Decoding beside reading is taken to be slower by no more than this: what is known of decoding alone grows old."""
 ALONE_S = 0.25
 """Nothing decodes: a step is bounded all the same, for whoever wants to cancel or to come first."""
 SHARED_S = 0.05
@@ -25,13 +27,18 @@ class Pace:
         self._most = most
         self._per_token_s = 0.0
         self._decode_s: dict[int, float] = {}
+        self._alone_s: dict[int, float] = {}
+        """Of steps that read nothing."""
+        self._reading = False
 
     def budget_s(self, rows: int, *, contended: bool) -> float:
         """Reading time of one step beside `rows` decoding sequences."""
         limit = SHARED_S if contended else ALONE_S
         if rows == 0:
             return limit
-        return min(limit, STALL * self._decoding_s(rows))
+        decoding_s = self._decoding_s(rows)
+        alone_s = max(self._alone_s.get(rows, 0.0), decoding_s / BESIDE)
+        return min(limit, STALL * alone_s - decoding_s)
 
     def chunk(self, budget_s: float) -> int:
         """Prompt tokens that can be read in `budget_s`, `LEAST` at least."""
@@ -45,9 +52,13 @@ class Pace:
 
     def has_read(self, tokens: int, seconds: float) -> None:
         self._per_token_s = _mean(self._per_token_s, seconds / tokens)
+        self._reading = True
 
     def has_decoded(self, rows: int, seconds: float) -> None:
         self._decode_s[rows] = _mean(self._decode_s.get(rows, 0.0), seconds)
+        if not self._reading:
+            self._alone_s[rows] = _mean(self._alone_s.get(rows, 0.0), seconds)
+        self._reading = False
 
     def _decoding_s(self, rows: int) -> float:
         """Of as many rows, or of the nearest number known; nothing known is the least that reads anything."""
@@ -58,4 +69,5 @@ class Pace:
 
 
 def _mean(old: float, new: float) -> float:
-    return new if not old else (1 - _WEIGHT) * old + _WEIGHT * new
+    """The moving average; one step that something else held up moves it by half at most."""
+    return new if not old else (1 - _WEIGHT) * old + _WEIGHT * min(new, 2 * old)

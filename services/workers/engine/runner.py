@@ -15,6 +15,8 @@ from shared.messages import Device
 
 Logits = NDArray[np.float32]
 
+_LOGITS_FROM = "logits_from"
+"""Optional input of graphs of layout `calm`: the first position that they give logits of, counted from the end."""
 _DTYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -24,6 +26,10 @@ class Runner(Protocol):
     vocab: int
     compact: bool
     """Active rows must be 0..n-1; the batcher moves sequences to keep it so."""
+    granule: int
+    """Memory of a row is taken by so many tokens at once."""
+    verifies: bool
+    """It can give the logits behind each of several tokens at once."""
 
     def prefill(self, row: int, tokens: list[int], start: int) -> Logits:
         """Read `tokens` into `row` behind its first `start`; logits [vocab] after the last of them."""
@@ -31,6 +37,10 @@ class Runner(Protocol):
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
         """One token for each of the first n rows, which hold `lengths` tokens; logits [n, vocab], good until the
         next call."""
+
+    def verify(self, row: int, tokens: list[int], start: int) -> Logits:
+        """Read `tokens` into `row` behind its first `start`; logits [n, vocab] after each of them, good until the next
+        call."""
 
     def apply(self, move: Move) -> None:
         """Copy, exchange or release what lies in rows of the cache."""
@@ -62,14 +72,17 @@ class SharedKvRunner:
         self._positions = "position_ids" in inputs
         shapes = [(int(inputs[name].shape[1]), context, int(inputs[name].shape[3])) for name in past]
         self.cache: Cache = (DeviceCache if on_device else HostCache)(past, rows, shapes, self._dtype, device)
+        self.granule = self.cache.granule
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab = int(logits.shape[-1])
         self._logits_dtype = _DTYPES[logits.type]
-        self._last_only = logits.shape[1] == 1
+        self.verifies = any(i.name == _LOGITS_FROM for i in session.get_overridable_initializers())
+        self._last_only = self.verifies or logits.shape[1] == 1
         self._fixed = not (self._masked or on_device)
         """A mask changes its shape each step, and a CUDA binding copies its inputs when they are bound; all else is
         bound once and filled in place."""
         self._decoding: dict[int, tuple[Any, dict[str, NDArray[Any]], Logits]] = {}
+        self._verified: dict[int, Logits] = {}
 
     def _bind_cache(self, binding: Any, row: int, rows: int) -> None:
         cache = self.cache
@@ -112,6 +125,19 @@ class SharedKvRunner:
         self._session.run_with_iobinding(binding)
         return np.asarray(logits[0, -1], dtype=np.float32)
 
+    def verify(self, row: int, tokens: list[int], start: int) -> Logits:
+        arrays = self._inputs(np.array([tokens], np.int64), np.array([start], np.int64))
+        arrays[_LOGITS_FROM] = np.array([-len(tokens)], np.int64)
+        binding = self._session.io_binding()
+        self._bind_cache(binding, row, 1)
+        self._bind_step(binding, arrays)
+        if len(tokens) not in self._verified:
+            self._verified[len(tokens)] = np.empty((1, len(tokens), self.vocab), self._logits_dtype)
+        logits = self._verified[len(tokens)]
+        binding.bind_output("logits", "cpu", 0, self._logits_dtype, list(logits.shape), logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return np.asarray(logits[0], dtype=np.float32)
+
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
         rows = len(tokens)
         if rows not in self._decoding:
@@ -142,6 +168,8 @@ class ConcatRunner:
     """Plain exports, whose present is past and new concatenated: each sequence runs alone on arrays of its own."""
 
     compact = True
+    granule = 1
+    verifies = False
 
     def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         self._session = session
@@ -171,6 +199,9 @@ class ConcatRunner:
 
     def prefill(self, row: int, tokens: list[int], start: int) -> Logits:
         return self._run(row, tokens, start)
+
+    def verify(self, row: int, tokens: list[int], start: int) -> Logits:
+        raise NotImplementedError("plain exports give the logits of the last token")
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
         return np.stack([self._run(row, [t], n) for row, (t, n) in enumerate(zip(tokens, lengths, strict=True))])

@@ -5,8 +5,9 @@ whoever had it last, so that a prompt that begins like them need not be read aga
 
 1. Order: urgent before others, then the older; what is not urgent becomes so after `PATIENCE_S`. A sequence that reads
    or decodes is never taken off its row; one that reads pauses while a more pressing one reads.
-2. Admission: a sequence gets a row when fewer than `slots` are taken and its tokens (prompt and answer) fit into the
-   capacity; free rows give up their content for it, least recently used first.
+2. Admission: a sequence gets a row when fewer than `slots` are taken and its tokens (prompt and longest answer) fit
+   into the capacity; free rows give up their content for it, least recently used first. While the most pressing one
+   does not fit, nobody overtakes it: it would wait for ever.
 3. Reuse: the row, free or not, with the longest common beginning of at least `min_shared` tokens.
    a. A free row that the prompt continues to its end is taken over.
    b. Of any other the common tokens are copied.
@@ -64,11 +65,6 @@ class Row:
     reserve: int = 0
     used: int = 0
 
-    @property
-    def cost(self) -> int:
-        """Tokens that it holds memory for."""
-        return len(self.tokens) if self.owner is None else self.reserve
-
 
 @dataclass(frozen=True)
 class _Entry:
@@ -82,7 +78,8 @@ class _Entry:
 class Schedule:
     """Rows by sequence id. There may be more rows than `slots`: the others only keep prefixes.
 
-    `capacity_tokens` bounds what all rows together hold memory for; without it every row may be full.
+    `capacity_tokens` bounds what all rows together hold memory for, each counted in whole `granule`s of tokens (pages
+    of memory); without it every row may be full.
     """
 
     def __init__(
@@ -92,6 +89,7 @@ class Schedule:
         compact: bool,
         extra_rows: int = 0,
         capacity_tokens: int | None = None,
+        granule: int = 1,
         min_shared: int = MIN_SHARED,
     ) -> None:
         self.slots = slots
@@ -101,6 +99,7 @@ class Schedule:
         """Tokens that each sequence on a row did not have to read."""
         self._compact = compact
         self._capacity = capacity_tokens
+        self._granule = granule
         self._min_shared = min_shared
         self._row_of: dict[str, int] = {}
         self._entries: dict[str, _Entry] = {}
@@ -126,7 +125,12 @@ class Schedule:
     @property
     def held_tokens(self) -> int:
         """What all rows together hold memory for."""
-        return sum(row.cost for row in self.rows)
+        return sum(self._cost(row) for row in self.rows)
+
+    @property
+    def short_of_memory(self) -> bool:
+        """Somebody waits although there is a row: what is running holds too much of the capacity."""
+        return len(self._row_of) < self.slots and not all(map(self._fits, self.waiting.values()))
 
     def row_of(self, sequence: str) -> int:
         return self._row_of[sequence]
@@ -152,7 +156,11 @@ class Schedule:
         reading = min(((s, e) for s, e in self._entries.items() if self.rows[self._row_of[s]].reading),
                       key=pressing, default=None)  # fmt: skip
         waiting = min(self.waiting.items(), key=pressing, default=None)
-        if waiting is not None and (reading is None or pressing(waiting) < pressing(reading)) and self._fits(*waiting):
+        if (
+            waiting is not None
+            and (reading is None or pressing(waiting) < pressing(reading))
+            and self._fits(waiting[1])
+        ):
             return waiting[0], self._admit(*waiting)
         return (reading[0] if reading else None), []
 
@@ -181,6 +189,13 @@ class Schedule:
 
     # --- inside ---
 
+    def _cost(self, row: Row) -> int:
+        """Tokens that a row holds memory for."""
+        return self._whole(len(row.tokens) if row.owner is None else row.reserve)
+
+    def _whole(self, tokens: int) -> int:
+        return -(-tokens // self._granule) * self._granule
+
     def _touch(self, row: Row) -> None:
         self._number += 1
         row.used = self._number
@@ -193,11 +208,13 @@ class Schedule:
         row = self.rows[index]
         return (len(row.tokens) >= self._min_shared, row.used)
 
-    def _fits(self, _sequence: str, entry: _Entry) -> bool:
+    def _fits(self, entry: _Entry) -> bool:
         if len(self._row_of) >= self.slots:
             return False
-        taken = sum(row.cost for row in self.rows if row.owner is not None)
-        return self._capacity is None or not self._row_of or taken + entry.reserve <= self._capacity
+        if self._capacity is None or not self._row_of:
+            return True
+        taken = sum(self._cost(row) for row in self.rows if row.owner is not None)
+        return taken + self._whole(entry.reserve) <= self._capacity
 
     def _admit(self, sequence: str, entry: _Entry) -> list[Move]:
         del self.waiting[sequence]
@@ -224,20 +241,22 @@ class Schedule:
             assert source is not None
             target = source
         replaced = source if taken_over and source is not None else target
-        moves: list[Move] = self._make_room(entry.reserve, replaced) if tight else []
+        reserve = self._whole(entry.reserve)
+        moves: list[Move] = self._make_room(reserve, replaced) if tight else []
         before = len(self.rows[target].tokens)
         if source is None:
-            moves += self._save(target, 0, None)
+            moves += self._save(target, 0, None, reserve)
         elif taken_over:
-            moves += self._save(target, shared, None) if source == target else self._swap(source, target)
+            moves += [] if source == target else self._swap(source, target)
+            moves += self._save(target, shared, None, reserve)
             moves.append(Copy(target, target, shared))
         else:
-            moves += self._save(target, 0, source)
+            moves += self._save(target, 0, source, reserve)
             moves.append(Copy(source, target, shared))
             self.rows[target].tokens = content.tokens[:shared]
             self._touch(content)
-        if tight and max(before, len(self.rows[target].tokens)) > entry.reserve:
-            moves.append(Release(target, entry.reserve))
+        if tight and max(before, len(self.rows[target].tokens)) > reserve:
+            moves.append(Release(target, reserve))
         del self.rows[target].tokens[shared:]
         return target, moves
 
@@ -253,22 +272,27 @@ class Schedule:
         assert self._capacity is not None
         moves: list[Move] = []
         for index in self._free_rows():
-            if self.held_tokens - self.rows[replaced].cost + reserve <= self._capacity:
+            if self.held_tokens - self._cost(self.rows[replaced]) + reserve <= self._capacity:
                 break
             if index != replaced:
                 moves.append(self._release(index))
         return moves
 
-    def _save(self, target: int, keep: int, source: int | None) -> list[Move]:
-        """Copy the content of a free row that is about to lose more than `keep` tokens of it to a row of less worth."""
+    def _save(self, target: int, keep: int, source: int | None, reserve: int) -> list[Move]:
+        """Copy the content of a free row that is about to lose more than `keep` tokens of it to a row of less worth, if
+        both that and the `reserve` of whoever comes fit."""
         row = self.rows[target]
-        if self._capacity is not None or len(row.tokens) - keep < self._min_shared:
+        if len(row.tokens) - keep < self._min_shared:
             return []
         victim = next((i for i in self._free_rows() if i not in (target, source)), None)
         if victim is None or self._worth(victim) >= self._worth(target):
             return []
+        before = self._cost(self.rows[victim])
+        if self._capacity is not None and self.held_tokens - before + reserve > self._capacity:
+            return []
         self.rows[victim] = Row(tokens=list(row.tokens), used=row.used)
-        return [Copy(target, victim, len(row.tokens))]
+        less = self._capacity is not None and self._cost(self.rows[victim]) < before
+        return [Copy(target, victim, len(row.tokens)), *([Release(victim, len(row.tokens))] if less else [])]
 
     def _release(self, index: int) -> Move:
         self.rows[index].tokens = []
@@ -277,15 +301,15 @@ class Schedule:
     def _swap(self, source: int, target: int) -> list[Move]:
         """Exchange two rows; where memory is counted, what each then holds beyond its need is released."""
         rows = self.rows
-        before = (rows[source].cost, rows[target].cost)
+        before = (self._cost(rows[source]), self._cost(rows[target]))
         moves: list[Move] = [Swap(source, target, len(rows[source].tokens), len(rows[target].tokens))]
         rows[source], rows[target] = rows[target], rows[source]
         for index, cost in zip((source, target), before, strict=True):
             owner = rows[index].owner
             if owner is not None:
                 self._row_of[owner] = index
-            if self._capacity is not None and rows[index].cost < cost:
-                moves.append(Release(index, rows[index].cost))
+            if self._capacity is not None and self._cost(rows[index]) < cost:
+                moves.append(Release(index, self._cost(rows[index])))
         return moves
 
 

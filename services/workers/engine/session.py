@@ -56,7 +56,7 @@ def open_session(
     if device.kind == "cuda":
         with contextlib.suppress(AttributeError):  # finds CUDA and cuDNN among installed packages
             ort.preload_dlls()
-        providers = [("CUDAExecutionProvider", {"device_id": str(device.index)}), "CPUExecutionProvider"]
+        providers = [("CUDAExecutionProvider", cuda_options(device)), "CPUExecutionProvider"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a missing provider: told as an error below
@@ -70,3 +70,9 @@ def open_session(
             "Install the [gpu] extra with matching CUDA libraries, or set CALM_DEVICE=cpu.",
         )
     return session
+
+
+def cuda_options(device: Device) -> dict[str, str]:
+    """The CUDA provider's options. Its arena grows by what is asked for: by default it doubles, and what it then takes
+    beyond the need has been counted nowhere."""
+    return {"device_id": str(device.index), "arena_extend_strategy": "kSameAsRequested"}

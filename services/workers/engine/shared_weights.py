@@ -4,8 +4,11 @@ ONNX Runtime packs weights anew for each session, into memory of its own: four e
 four copies. Packed weights that it saved with the optimised graph are mapped from the file instead, so that the kernel
 holds them once, for however many processes, and can drop and reread them as it likes.
 
-An entry is written to a folder of its own and renamed into place; a lock lets one process write while others wait.
-Whatever goes wrong, the model is loaded the ordinary way.
+`calm models pull` and `add` write entries into the model store (`services.workers.pack`), where every home and every
+container that uses the store finds them; an engine that finds none writes its own, there or under its home.
+
+An entry is written to a folder of its own and renamed into place; a lock of the entry lets one process write while
+those that want the same wait. Whatever goes wrong, the model is loaded the ordinary way.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 
-LEAST_BYTES = 8 * 2**20
-"""Smaller models are not worth a file."""
+from shared.settings import WORTH_PACKING_BYTES
+
+GRAPH = "model.onnx"
+LEAST_BYTES = WORTH_PACKING_BYTES
 ROOM = 3.0
 """Free disk space wanted, in times the weights: the file holds them as they are and packed."""
 WAIT_S = 60.0
@@ -34,40 +38,50 @@ KEEP_S = 30 * 86400.0
 
 
 def find_or_make(
-    cache: Path, name: str, model: Path, weights_bytes: int, make: Callable[[Path], object], *, wait_s: float = WAIT_S
+    caches: Sequence[Path],
+    name: str,
+    model: Path,
+    weights_bytes: int,
+    make: Callable[[Path], object],
+    *,
+    wait_s: float = WAIT_S,
 ) -> Path | None:
     """The graph to open instead of `model`, with its weights beside it; None when there is to be none.
 
-    `make(folder)` writes `model.onnx` and its weights there. `name` is only for people.
+    It is looked for in each of `caches`, and else made in the first where that can be. `make(folder)` writes
+    `model.onnx` and its weights there. `name` is only for people.
     """
     if weights_bytes < LEAST_BYTES:
         return None
-    try:
-        entry = cache / f"{name}-{_key(model)}"
-        graph = entry / "model.onnx"
-        if not graph.is_file():
+    entry = f"{name}-{_key(model)}"
+    for cache in caches:
+        if (cache / entry / GRAPH).is_file():
+            with contextlib.suppress(OSError):  # in a store that is read here and written elsewhere
+                os.utime(cache / entry)
+            return cache / entry / GRAPH
+    for cache in caches:
+        graph = cache / entry / GRAPH
+        with contextlib.suppress(Exception):  # read-only, full, too old an ONNX Runtime: elsewhere, or not at all
             cache.mkdir(parents=True, exist_ok=True)
-            with _locked(cache / ".lock", wait_s):
+            with _locked(cache / f".lock-{entry}", wait_s):
                 if not graph.is_file():
                     _write(cache, entry, weights_bytes, make)
-        os.utime(entry)
-    except Exception:  # noqa: BLE001 read-only, full, too old an ONNX Runtime: the model is loaded the ordinary way
-        return graph if "graph" in locals() and graph.is_file() else None
-    return graph
+            return graph
+    return None
 
 
-def _write(cache: Path, entry: Path, weights_bytes: int, make: Callable[[Path], object]) -> None:
+def _write(cache: Path, entry: str, weights_bytes: int, make: Callable[[Path], object]) -> None:
     for old in cache.iterdir():
-        unfinished = old.name.startswith(".new-")  # whoever wrote it had the lock, and died
-        if old.is_dir() and (unfinished or time.time() - old.stat().st_mtime > KEEP_S):
+        if old.is_dir() and time.time() - old.stat().st_mtime > KEEP_S:
             shutil.rmtree(old, ignore_errors=True)
+    folder = cache / f".new-{entry}"
+    shutil.rmtree(folder, ignore_errors=True)  # whoever wrote it had the lock, and died
     if shutil.disk_usage(cache).free < ROOM * weights_bytes:
         raise OSError("no room for shared weights")
-    folder = Path(tempfile.mkdtemp(prefix=".new-", dir=cache))
+    folder.mkdir()
     try:
         make(folder)
-        folder.chmod(0o755)
-        folder.rename(entry)
+        folder.rename(cache / entry)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
