@@ -41,8 +41,17 @@ class Options:
     """If not 0, the forecast is the queries that will come in this time: clairvoyant."""
 
 
-def warm_utilities(fleet: SimFleet, quality: Array, tokens_in: Array, tokens_out: Array, weights: Weights) -> Array:
+def warm_utilities(
+    fleet: SimFleet, quality: Array, tokens_in: Array, tokens_out: Array, weights: Weights | Sequence[Weights]
+) -> Array:
     """[n, m] utility of each model for each query, were it resident and moderately busy."""
+    if isinstance(weights, Sequence):
+        return np.concatenate(
+            [
+                warm_utilities(fleet, quality[i : i + 1], tokens_in[i : i + 1], tokens_out[i : i + 1], own)
+                for i, own in enumerate(weights)
+            ]
+        )
     costs = fleet.costs()
     best = np.argmax(fleet.fits, axis=1)
     rows = np.arange(len(best))
@@ -102,7 +111,7 @@ class Planned:
             for name, size, model in zip(fleet.names, fleet.footprint_bytes, fleet.models, strict=True)
         }  # fmt: skip
         first = [int(np.argmax(row)) for row in fleet.fits]
-        self._load_s = {name: fleet.unit[i][first[i]].load_s for i, name in enumerate(fleet.names)}
+        self._load_s = {name: fleet.planned_with[i][first[i]].load_s for i, name in enumerate(fleet.names)}
         self._index = {name: i for i, name in enumerate(fleet.names)}
         self._outlook = Outlook(fleet.names)
         self._policy = m.Policy(

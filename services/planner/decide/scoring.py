@@ -118,7 +118,7 @@ class Fleet:
         ready: bool,
         active: int,
         waiting: int,
-        busy_engines: int = 0,
+        busy_engines: float = 0.0,
         ready_at: float | None = None,
         delay_s: float = 0.0,
         burden: float = 0.0,
@@ -131,7 +131,7 @@ class Fleet:
             ready: an engine holds it and takes work.
             active: sequences running on it there.
             waiting: queries in its queue that this worker will have to serve.
-            busy_engines: other engines at work on the same device.
+            busy_engines: other engines at work on the same device, for each that it runs at once.
             ready_at: when a load under way ends, in the clock of `score`; None when none is.
             delay_s: before a load could begin (victims drain).
             burden: utility that others lose by a load here.
