@@ -153,7 +153,7 @@ def as_toml(found: dict[str, Measured], overhead_s: float, description: str) -> 
     lines = [
         f"# Measured by `python -m bench.fidelity measure`: {description}.",
         "# Each artifact alone; loads with weights in the page cache and a spare process. Joules are of stated powers.",
-        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "loads_compute = true",
+        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
         f"overhead_s = {overhead_s:.4g}", "",
     ]  # fmt: skip
     for name, one in sorted(found.items()):

@@ -176,6 +176,7 @@ class Simulation:
             together[number].append(worker)
         self._mates = [together[number] for number in device]
         """[w] workers on the same device."""
+        self._turns = fleet.turns and fleet.shared
         self._places = fleet.places or (1.0,) * self.workers
         self._busy = [0] * len(together)
         """[device] engines at work."""
@@ -351,8 +352,8 @@ class Simulation:
         engine.used = now
         if n == 1:
             self._busier(worker, 1, engine)
-        share = self._share[self._device[worker]]
-        engine.at += (engine.prefill if n == 1 else engine.beside) * self._tin[i] * share
+        share = self._turn(engine) if self._turns else self._share[self._device[worker]]
+        engine.at += (engine.prefill if n == 1 and share == 1.0 else engine.beside) * self._tin[i] * share
         if engine.prefill_j:
             self._energy[i] += engine.prefill_j * self._tin[i]
             self._engine_j += engine.prefill_j * self._tin[i]
@@ -362,6 +363,8 @@ class Simulation:
         heapq.heappush(engine.heap, (engine.v + self._tout[i][engine.model], i, engine.j))
         self._wake(engine)
         self._changed.add(engine)
+        if self._turns:
+            self._retime(worker, engine)
 
     def _step(self, engine: Engine, now: float) -> None:
         """Sequences end; queued queries take their slots."""
@@ -390,16 +393,18 @@ class Simulation:
                 self._join(engine, queue.popleft(), now)
                 joined = True
             if not joined and engine.n:
-                share = self._share[self._device[engine.worker]]
+                share = self._turn(engine) if self._turns else self._share[self._device[engine.worker]]
                 engine.step = engine.tpot * (1.0 + engine.slope * (engine.n - 1)) * share
                 self._wake(engine)
             self._changed.add(engine)
         elif engine.n == 0:
             self._leave(engine)
         else:
-            share = self._share[self._device[engine.worker]]
+            share = self._turn(engine) if self._turns else self._share[self._device[engine.worker]]
             engine.step = engine.tpot * (1.0 + engine.slope * (engine.n - 1)) * share
             self._wake(engine)
+        if self._turns and ended:
+            self._retime(engine.worker, engine)
         for i in ended:
             if cascade:
                 self._tell_changed()
@@ -415,32 +420,54 @@ class Simulation:
             self._open -= 1
             self.router.observe(i, model, latency, self._energy[i], now)
 
-    def _busier(self, worker: int, change: int, changed: Engine | None) -> None:
+    def _busier(self, worker: int, change: int, changed: Engine) -> None:
         """An engine begins or stops to work: those beside it on the device become slower or faster."""
         device = self._device[worker]
         self._busy[device] += change
         if not self.fleet.shared:
             return
         share = max(self._busy[device] / self._places[worker], 1.0)
-        same = share == self._share[device]
+        same = share == self._share[device] and not self._turns
         self._share[device] = share
         for mate in self._mates[worker]:
             for engine in self.engines[mate].values():
                 if engine is changed:
                     continue
-                n = engine.n
-                if n and not same:
-                    if self.now > engine.at:
-                        dv = (self.now - engine.at) / engine.step
-                        engine.v += dv
-                        spent = dv * (engine.base_j / n + engine.more_j)
-                        engine.j += spent
-                        self._engine_j += spent * n
-                        engine.at = self.now
-                    engine.step = engine.tpot * (1.0 + engine.slope * (n - 1)) * share
-                    self._wake(engine)
+                if engine.n and not same:
+                    self._slow(engine, share)
                 if engine.state == READY:
                     self._changed.add(engine)
+
+    def _slow(self, engine: Engine, share: float) -> None:
+        """Its steps take `share` times as long as alone from now on."""
+        n = engine.n
+        if self.now > engine.at:
+            dv = (self.now - engine.at) / engine.step
+            engine.v += dv
+            spent = dv * (engine.base_j / n + engine.more_j)
+            engine.j += spent
+            self._engine_j += spent * n
+            engine.at = self.now
+        engine.step = engine.tpot * (1.0 + engine.slope * (n - 1)) * (self._turn(engine) if self._turns else share)
+        self._wake(engine)
+
+    def _turn(self, engine: Engine) -> float:
+        """By how much an engine with work is slowed down where each waits for a step of every other in turn."""
+        own = engine.tpot * (1.0 + engine.slope * (engine.n - 1))
+        others, loading = 0.0, 0
+        for mate in self._mates[engine.worker]:
+            loading += self._loading[mate]
+            for other in self.engines[mate].values():
+                if other.n and other is not engine:
+                    others += other.tpot * (1.0 + other.slope * (other.n - 1))
+        return max((own + others) / own / self._places[engine.worker], 1.0) + loading
+
+    def _retime(self, worker: int, changed: Engine | None) -> None:
+        """An engine's batch has changed, and with it how long the others of its device wait for a turn."""
+        for mate in self._mates[worker]:
+            for engine in self.engines[mate].values():
+                if engine.n and engine is not changed:
+                    self._slow(engine, 1.0)
 
     def _others(self, worker: int, own: int) -> float:
         """By how much an engine with work would be slowed down by others, less 1; `own` is 1 if it is at work now."""
@@ -478,8 +505,8 @@ class Simulation:
                 return
             pending.pop(0)
             self._loading[worker] = True
-            if self.fleet.loads_compute:
-                self._busier(worker, 1, None)
+            if self._turns:
+                self._retime(worker, None)
             engine = self._engine(model, worker)
             unit = self.fleet.unit[model][worker]
             engine.ready_at = self.now + unit.load_s
@@ -491,8 +518,8 @@ class Simulation:
     def _ready(self, engine: Engine, now: float) -> None:
         engine.state, engine.since, engine.used, engine.at = READY, now, now, now
         self._loading[engine.worker] = False
-        if self.fleet.loads_compute:
-            self._busier(engine.worker, -1, None)
+        if self._turns:
+            self._retime(engine.worker, None)
         model = engine.model
         self.coming[model] -= 1
         self.holders[model].append(engine)

@@ -79,8 +79,8 @@ class SimFleet:
     """[w] number of the device (a GPU, or a host's cores) that a worker computes on; each on its own when empty."""
     places: tuple[float, ...] = ()
     """[w] engines that its device runs at once at full speed; 1 when empty."""
-    loads_compute: bool = False
-    """A load takes the device's time as a working engine does."""
+    turns: bool = False
+    """Engines take turns at a device step by step, and loads compute there too (`profile`)."""
     believed: tuple[tuple[UnitCosts, ...], ...] = ()
     """[m][w] what the planner takes costs to be, where that is not what they are: means over loaded times, as it learns
     them. It then takes nothing else off for sharing a device: they contain that."""
@@ -193,5 +193,5 @@ def build(
     )  # fmt: skip
     return SimFleet(
         file.fleet.name, chosen, tuple(names), tuple(budgets), footprint, unit, fits, profile.shared,
-        profile.overhead_s, loads_compute=profile.loads_compute,
+        profile.overhead_s, turns=profile.turns,
     )  # fmt: skip

@@ -42,7 +42,8 @@ class MeasuredArtifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     decode_j: float
     load_j: float
     beside: float = 1.0
-    """A prompt token takes this many times as long while other sequences run: prompts are then read in small pieces."""
+    """A prompt token takes this many times as long while other sequences or engines run: prompts are read in
+    small pieces then."""
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,8 +61,9 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     artifacts: dict[str, MeasuredArtifact] = {}
     overhead_s: float = 0.0
     """What a query takes beyond waiting, loading, reading and writing: the way through the services."""
-    loads_compute: bool = False
-    """A load takes the device's time as a working engine does: it does where the cores that load also compute."""
+    turns: bool = False
+    """The device is a host's cores: engines take turns at it step by step, and who loads computes there too. Without it
+    engines divide the device evenly, and a load takes nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class UnitCosts:
     token_j: tuple[float, float] = (0.0, 0.0)
     """Joules of an output token at batch b: token_j[0] / b + token_j[1]."""
     beside: float = 1.0
-    """Growth of `prefill_s` while other sequences run."""
+    """Growth of `prefill_s` while other sequences or engines run."""
 
     def step_s(self, batch: float) -> float:
         """Seconds of a decode step at this batch size."""
@@ -93,7 +95,7 @@ class Profile:
     description: str
     shared: bool
     overhead_s: float
-    loads_compute: bool
+    turns: bool
     _file: _File = field(repr=False)
 
     def costs(
@@ -168,7 +170,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise DataInvalid("There is no such profile.", f"Name a file, or one of: {known}.", path=str(path)) from None
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise DataInvalid(f"This is no profile: {error}.", "See profiles/h100.toml.", path=str(path)) from None
-    return Profile(file.name, file.description, file.shared, file.overhead_s, file.loads_compute, file)
+    return Profile(file.name, file.description, file.shared, file.overhead_s, file.turns, file)
 
 
 def _read_b(parameters_b: float, active_b: float, batch: float) -> float:

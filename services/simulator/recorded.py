@@ -112,7 +112,7 @@ def build(
         policy.fleet, models, tuple(w.worker for w in workers), budgets, sizes, unit,
         np.less_equal.outer(np.array(sizes), np.array(budgets)), shared=True, overhead_s=overhead_s,
         device=device, places=places,
-        loads_compute=any(w.device.kind == "cpu" for w in workers) if profile is None else profile.loads_compute,
+        turns=any(w.device.kind == "cpu" for w in workers) if profile is None else profile.turns,
         believed=_units(ordered_specs, workers, qos, [], None),
     )  # fmt: skip
     column = {name: i for i, name in enumerate(names)}
