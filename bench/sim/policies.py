@@ -24,7 +24,7 @@ from shared.learn.cascade import Plan as CascadePlan
 Array = NDArray[Any]
 BUDGET_MARGIN = 0.96
 """Budgets are aimed at with this much to spare. `Budgeted` keeps to its joules within 0.2 %; what the reference alone
-would take is predicted, and was 0.6 to 2.1 % off in mean length between halves of some 3,000 queries."""
+would take is predicted, and was 0.5 to 2.1 % off in mean length between halves of some 3,000 queries."""
 LATENCY_MARGIN = 0.93
 """Of the latency budget: nothing holds that while it runs."""
 WEIGHTS = np.geomspace(1e-3, 1e2, 48)

@@ -21,6 +21,10 @@ from shared.learn.quality import Prediction
 Array = NDArray[np.float64]
 
 DRAWS = 32
+LEAST = 0.1
+"""Share of draws that a model must win to be a challenger. Without it a third of the judgements go to models that win
+a draw in twenty: as good a best guess after 3,000 queries, and 1.4 points of score less on the way (16 seeds on four
+halves)."""
 
 
 class Quality(Protocol):
@@ -71,7 +75,7 @@ def distribution(
     drawn = model.sample(x[None, :], normal, offset)[:, 0, :] - cost
     share = np.bincount(drawn.argmax(1), minlength=len(model.models)) / len(drawn)
     if duel > 0.0:
-        share = challenged(share, duel)
+        share = challenged(share, duel, LEAST)
     best = int((model.predict(x[None, :], offset).mean[0] - cost).argmax())
     off = 1.0 - share[best]
     if off > budget:
@@ -80,9 +84,12 @@ def distribution(
     return np.asarray((1.0 - floor * len(share)) * share + floor)
 
 
-def challenged(share: Array, duel: float) -> Array:
+def challenged(share: Array, duel: float, least: float = 0.0) -> Array:
     """Top-two sampling in closed form: probabilities [k] of taking a draw's winner, and with chance `duel` the winner
-    of further draws until it is another one; a sole winner has no challenger."""
+    of further draws until it is another one; a sole winner has no challenger. Winners of fewer than `least` of the
+    draws are passed over, unless all are."""
+    kept = np.where(share >= least, share, 0.0)
+    share = kept / kept.sum() if kept.any() else share
     if share.max() >= 1.0:
         return share
     odds = share / (1.0 - share)
