@@ -20,6 +20,7 @@ from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
 from shared.learn.live import Learner
+from shared.learn.live_length import Lengths
 from shared.views import ControlView, FleetView, ModelsView
 
 PATIENCE = 0.6
@@ -42,6 +43,7 @@ class Knowledge:
         self.demand: dict[str, Demand] = {}
         self._standings = Standings()
         self._learner: tuple[int, Learner | None] = (0, None)
+        self._lengths: tuple[int, Lengths | None] = (0, None)
         self._outlook = Outlook(())
         self._charges: dict[str, tuple[float, float, float]] = {}
         self._charged_at = 0.0
@@ -78,15 +80,24 @@ class Knowledge:
         )
 
     def _learned_now(self) -> Learned:
-        """Learned quality as last told, decoded once for each version."""
+        """Learned quality and lengths as last told, decoded once for each version."""
         told = self.control.learned.get("quality")
         if told is not None and told[0] != self._learner[0]:
             try:
                 self._learner = (told[0], Learner.from_bytes(told[1]))
             except ValueError:  # of another version of this program: the cards' own scores stand until it is new
                 self._learner = (told[0], None)
+        told = self.control.learned.get("length")
+        if told is not None and told[0] != self._lengths[0]:
+            try:
+                self._lengths = (told[0], Lengths.from_bytes(told[1]))
+            except ValueError:
+                self._lengths = (told[0], None)
         version, learner = self._learner
-        return Learned(learner, version if learner is not None else 0, self.control.standings)
+        return Learned(
+            learner, version if learner is not None else 0, self.control.standings,
+            self._lengths[1], self._lengths[0] if self._lengths[1] is not None else 0,
+        )  # fmt: skip
 
     def specs(self) -> dict[str, m.ArtifactSpec]:
         return {card.artifact.name: card.artifact for card in self.models.cards.values()}

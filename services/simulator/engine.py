@@ -460,7 +460,8 @@ class Simulation:
             for other in self.engines[mate].values():
                 if other.n and other is not engine:
                     others += other.tpot * (1.0 + other.slope * (other.n - 1))
-        return max((own + others) / own / self._places[engine.worker], 1.0) + loading
+        slower: float = (own + others) / own / self._places[engine.worker]
+        return max(slower, 1.0) + loading
 
     def _retime(self, worker: int, changed: Engine | None) -> None:
         """An engine's batch has changed, and with it how long the others of its device wait for a turn."""

@@ -88,6 +88,7 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         propensity=propensity,
         knowledge_version=state.qos.version,
         learned_version=state.learned.version if state.learned is not None else 0,
+        lengths_version=state.learned.lengths_version if state.learned is not None else 0,
         domains=analyzed.profile.domains,
         decided_at=now,
         planner=state.planner,
@@ -145,6 +146,8 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
     in_of = {spec.model: profile.tokens_in.get(spec.model, profile.prompt_chars // 4) for spec in standing.specs}
     tokens_in = np.array([in_of[card.artifact.model] for card in cards], np.float64)
     expected = np.where(np.isnan(standing.tokens_mean), profile.tokens_out, standing.tokens_mean)
+    if state.learned is not None:
+        expected = learning.tokens_out(state.learned, profile, cards, expected)
     room = np.maximum(standing.context - tokens_in, 0.0)
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
     if state.learned is not None:  # 4
