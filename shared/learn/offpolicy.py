@@ -22,8 +22,9 @@ MAX_WEIGHT = 50.0
 """Importance weights are cut here: a bias of little, against a variance of much."""
 
 
-SHRINKAGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, math.inf)
-"""Shrinkages among which `shrunk` chooses; weights w become w s / (w^2 + s)."""
+SHRINKAGE = 30.0
+"""Weights w become w s / (w^2 + s): small ones stay, and none is above 2.7. Of 1 to 300, 10 and 30 had the smallest
+error for both candidates of the bench (40 logs)."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,14 @@ def doubly_robust(logged: Logged, target: Array, predicted: NDArray[Any]) -> Est
 
 
 def shrunk(logged: Logged, target: Array, predicted: NDArray[Any]) -> Estimate:
-    """Doubly robust with weights drawn in, as far as makes the estimated mean squared error smallest: the variance, and
-    the square of what the weights drawn in leave out, less what chance has put there. The root of that square widens
-    the interval to each side."""
-    weight = np.asarray(_raw_weights(logged, target))
+    """Doubly robust with weights drawn in. What that leaves out of the estimate is known as far as the log goes, and
+    widens the interval to each side."""
+    weight = _raw_weights(logged, target)
+    drawn = weight * SHRINKAGE / (weight**2 + SHRINKAGE)
     residual = logged.reward - predicted[np.arange(len(weight)), logged.chosen]
-    direct, n = (target * predicted).sum(1), max(len(weight), 2)
-    best: tuple[float, float, Array] | None = None
-    for shrinkage in SHRINKAGE:
-        drawn = weight if math.isinf(shrinkage) else weight * shrinkage / (weight**2 + shrinkage)
-        left = (weight - drawn) * residual
-        square = max(float(left.mean()) ** 2 - float(left.var()) / n, 0.0)
-        error = float((direct + drawn * residual).var()) / n + square
-        if best is None or error < best[0]:
-            best = (error, square, drawn)
-    assert best is not None
-    found = _estimate(direct + best[2] * residual, best[2])
-    more = math.sqrt(best[1])
-    return Estimate(found.value, found.low - more, found.high + more, found.effective)
+    found = _estimate((target * predicted).sum(1) + drawn * residual, drawn)
+    left = abs(float(((weight - drawn) * residual).mean())) if len(weight) else 0.0
+    return Estimate(found.value, found.low - left, found.high + left, found.effective)
 
 
 def gain(logged: Logged, candidate: Array, present: Array, predicted: NDArray[Any]) -> Estimate:
