@@ -245,7 +245,8 @@ def _explain(
             "load_j", "u_quality", "u_latency", "u_energy", "u_crowding", "u_burden",
         )
     ]  # fmt: skip
-    result = []
+    limits, result = query.constraints, []
+    limited = limits.min_quality is not None or limits.max_latency_s is not None or limits.max_energy_j is not None
     for k, row in enumerate(zip(*columns, strict=True)):
         card, excluded = cards[k], outside[k]
         if excluded:
@@ -259,7 +260,8 @@ def _explain(
         result.append(
             m.Candidate(
                 card=card.name, artifact=card.artifact.name, worker=names[worker],
-                excluded=_over_limit(query.constraints, q[k], latency, energy, load + prefill, left_s),  # 5
+                excluded=_over_limit(limits, q[k], latency, energy, load + prefill, left_s)  # 5
+                if limited or load + prefill > left_s else None,
                 quality=q[k], latency_s=latency, energy_j=energy, utility=u,
                 terms={
                     **terms[k], "tokens_in": tokens_in[k], "tokens_out": tokens_out[k], "queue_s": queue,
