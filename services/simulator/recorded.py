@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -132,6 +133,41 @@ def build(
         tuple(column[e.artifact] for e in w.engines if e.state == "ready" and e.artifact in column) for w in workers
     )
     return Recorded(fleet, work, quality, tokens, policy, resident, tuple(a.preference for a in ordered))
+
+
+def reconsidered(answered: Sequence[Answered], cards: Mapping[str, m.Card]) -> list[Answered]:
+    """The same queries before another fleet's cards. A card that was weighed keeps what was predicted of it; of another
+    there is what it promises for the query's domains, and the usual length, its own limit at most."""
+    found = []
+    for one in answered:
+        weighed = {c.card: c for c in one.route.candidates}
+        lengths = [c.terms["tokens_out"] for c in one.route.candidates if "tokens_out" in c.terms]
+        usual = float(np.mean(lengths)) if lengths else float(one.tokens_out)
+        candidates = []
+        for name, card in cards.items():
+            was = weighed.get(name)
+            if was is not None and was.artifact == card.artifact.name:
+                candidates.append(was)
+                continue
+            known = sum(one.route.domains.values()) or 1.0
+            promised = sum(p * card.domains.get(d, card.quality) for d, p in one.route.domains.items()) / known
+            candidates.append(
+                m.Candidate(
+                    card=name, artifact=card.artifact.name, quality=promised if one.route.domains else card.quality,
+                    terms={"tokens_out": min(usual, float(card.max_tokens))},
+                )
+            )  # fmt: skip
+        found.append(replace(one, route=msgspec.structs.replace(one.route, candidates=candidates)))
+    return found
+
+
+def retimed(answered: Sequence[Answered], rows: Sequence[tuple[float, int, int]]) -> list[Answered]:
+    """A trace's arrivals (seconds, tokens in, tokens out), with recorded queries in turn for what is predicted."""
+    ordered = sorted(answered, key=lambda a: a.at)
+    return [
+        replace(ordered[i % len(ordered)], at=at, tokens_in=tokens_in, tokens_out=max(tokens_out, 1))
+        for i, (at, tokens_in, tokens_out) in enumerate(rows)
+    ]
 
 
 def _units(

@@ -19,6 +19,8 @@ from shared.learn.length import LengthModel
 Array = NDArray[Any]
 START = 60
 """Answered queries from whose embeddings topics are made; they are then learned from."""
+MOST = 500
+"""Kept at most until the topics are made."""
 TRUSTED_FROM = 10
 """Answers of a card from which on what was learned of it is used."""
 VERSION = "lengths.v1"
@@ -55,7 +57,7 @@ class Lengths:
         if card not in self.cards or tokens < 1 or not len(x):
             return False
         if self.model is None:
-            if len(self._first) >= START or (self._first and len(self._first[0].x) != 4 * len(x)):
+            if len(self._first) >= MOST or (self._first and len(self._first[0].x) != 4 * len(x)):
                 return False
             self._first.append(_First(card, tokens, cut, np.asarray(x, "<f4").tobytes()))
             return True
@@ -67,7 +69,7 @@ class Lengths:
         return self.model is None and len(self._first) >= START
 
     def first(self) -> Array:
-        """[START, d] embeddings, for `first_lengths`, which takes tenths of a second."""
+        """[n, d] embeddings, for `first_lengths`, which takes tenths of a second."""
         return np.stack([np.frombuffer(one.x, "<f4").astype(np.float64) for one in self._first])
 
     def begin(self, model: LengthModel) -> None:
