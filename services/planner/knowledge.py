@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -182,7 +183,7 @@ class Knowledge:
                 since = None
             elif since is None:
                 since = now
-            self.demand[artifact] = Demand(waiting, since, old.rate, old.rate_at)
+            self.demand[artifact] = replace(old, waiting=waiting, waiting_since=since)
 
     async def _on_route(self, message: Msg) -> None:
         route = codec.unpack(message.data, m.Route)
@@ -192,11 +193,27 @@ class Knowledge:
         artifact = card.artifact.name
         now = self._clock()
         self._foresee(route, now)
-        demand = residency.arrived(self.demand.get(artifact, Demand()), now)
+        work_s = self._work_s(route, card)
+        demand = residency.arrived(self.demand.get(artifact, Demand()), now, work_s=work_s)
         if demand.waiting_since is None and not self.covered(artifact):
-            demand = Demand(demand.waiting, now, demand.rate, demand.rate_at)
+            demand = replace(demand, waiting_since=now)
         self.demand[artifact] = demand
         self._on_change()
+
+    def _work_s(self, route: m.Route, card: m.Card) -> float:
+        """Seconds of an engine that the query will take, by the terms of its own decision."""
+        chosen = next((c for c in route.candidates if c.card == card.name), None)
+        worker = None if chosen is None else self.fleet.worker(chosen.worker)
+        if chosen is None or worker is None or not chosen.terms:
+            return 0.0
+        spec, device = card.artifact, worker.device
+        known = next(
+            (a for a in self.qos.artifacts if (a.artifact, a.device_class) == (spec.name, device.device_class)), None
+        )
+        return residency.work_of(
+            prefill_s=chosen.terms["prefill_s"], tokens_out=chosen.terms["tokens_out"],
+            tpot_s=cost.unit_costs(spec, device, known).tpot_s, slope=cost.BATCH_SLOPE, slots=spec.slots,
+        )  # fmt: skip
 
     def _foresee(self, route: m.Route, now: float) -> None:
         names = tuple(sorted(self.specs()))

@@ -4,7 +4,7 @@ knowledge of the future, which is the offline bound."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -124,7 +124,13 @@ class Planned:
     def routed(self, sim: Simulation, i: int, model: int, now: float) -> None:
         self._outlook.seen(now, self._utilities(i, model))
         name = sim.fleet.names[model]
-        self._demand[name] = residency.arrived(self._demand.get(name, Demand()), now)
+        tokens_in, tokens_out = sim.scoring.service_tokens[model]
+        unit = sim.fleet.planned_with[model][int(np.argmax(sim.fleet.fits[model]))]
+        work_s = residency.work_of(
+            prefill_s=unit.prefill_s * tokens_in, tokens_out=tokens_out, tpot_s=unit.tpot_s, slope=unit.slope,
+            slots=sim.fleet.models[model].slots,
+        )  # fmt: skip
+        self._demand[name] = residency.arrived(self._demand.get(name, Demand()), now, work_s=work_s)
 
     def need(self, sim: Simulation, model: int, now: float) -> None:
         self._pass(sim, now)
@@ -187,7 +193,7 @@ class Planned:
             old = self._demand.get(name, Demand())
             since = sim.waiting_since[i]
             waiting = len(sim.queue[i]) + sum(e.n for e in sim.holders[i])
-            demand[name] = Demand(waiting, since if since >= 0 else None, old.rate, old.rate_at)
+            demand[name] = replace(old, waiting=waiting, waiting_since=since if since >= 0 else None)
         forecast = self._forecast(sim, now)
         plan = residency.plan(
             workers=workers, specs=self._specs, pinned=frozenset(), popularity={}, demand=demand,
