@@ -244,7 +244,9 @@ def write(path: Path, outcomes: list[Outcome]) -> None:
 
     figure, axes = plt.subplots(1, len(ROWS), figsize=(2.4 * len(ROWS), 3.0))
     for axis, (label, name) in zip(axes, ROWS, strict=True):
-        axis.bar([o.name for o in outcomes], [getattr(o, name) for o in outcomes], color=["tab:grey", "tab:red"])
+        bars = axis.bar([o.name for o in outcomes], [getattr(o, name) for o in outcomes], color=["tab:grey", "tab:red"])
+        axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.margins(y=0.15)
         axis.set_title(label, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
