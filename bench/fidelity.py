@@ -1,12 +1,15 @@
-"""Is the simulator faithful? One short trace, live on an embedded fleet and simulated with that machine's own figures.
+"""Is the simulator faithful? One trace, live on an embedded fleet and simulated with that machine's own profile.
 
-`python -m bench.fidelity --queries FILE [--count 80] [--rate 0.8] [--workers 1] [--profile FILE] [--json FILE]`
+    python -m bench.fidelity measure --queries FILE --write profiles/cpu.toml
+    python -m bench.fidelity run --queries FILE [--profile cpu] [--count 60] [--rate 0.8] [--workers 1] [--save FILE]
+    python -m bench.fidelity again --saved FILE [--profile cpu]
 
-1. The system starts and is asked `--warm-up` questions of each model by name, one at a time: it learns its unit costs.
-2. The trace runs live: Poisson arrivals, any model, at most `--max-tokens` tokens each.
-3. The unit costs are read from its knowledge base (and written as a measured profile with `--profile`).
-4. The same arrivals, with the qualities and lengths that the live planner predicted and the lengths that were really
-   written, are simulated from the same resident models; residency and routing are the planner's own code in both.
+`measure` starts the system and writes a profile of what its models cost alone: loading, reading, writing, and how much
+slower a batch writes. `run` starts it anew and plays a trace: Poisson arrivals from three kinds of clients (the fleet's
+own weights; quality first; latency first) whose shares change twice, so that several models are wanted and, in the
+embedded fleet's memory, must be loaded and evicted. The same arrivals, with the qualities that the live planner
+predicted and the lengths that were really written, are then simulated from the same resident models; residency and
+routing are the planner's own code in both. `again` repeats the simulation of a saved run.
 
 Mean latency, residency hits and the models' shares are to agree within 15 %.
 """
@@ -15,88 +18,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import time
-import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import nats
 import numpy as np
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from bench.e2e import read_prompts
+from bench.live import HIT_S, Live, Measured, beside, measure, read_tokens, system
 from bench.report import machine, print_machine, print_table, write_json
-from bench.system import running
-from services.planner.decide import cost
 from services.simulator import recorded
 from services.simulator.engine import Result
-from shared import codec, subjects
+from services.simulator.profile import Profile, load_profile
 from shared import messages as m
-from shared.bus import Bus
-from shared.models.fleet_file import load_fleet
-from shared.settings import Settings
-from shared.views import FleetView, ModelsView
 
 WITHIN = 0.15
-SETTLE_S = 3.0
+SETTLE_S = 2.0
 """After the last answer: the figures of the last answers are learned by then."""
-HIT_S = 0.05
-"""An answer that waited less than this for its model found it resident."""
-
-
-@dataclass
-class Live:
-    """What the live run gave."""
-
-    at: dict[str, float] = field(default_factory=dict)
-    latency: dict[str, float] = field(default_factory=dict)
-    answer: dict[str, dict[str, Any]] = field(default_factory=dict)
-    route: dict[str, m.Route] = field(default_factory=dict)
-
-
-class Asker:
-    """Asks and listens on one connection."""
-
-    def __init__(self, nc: Client, max_tokens: int) -> None:
-        self._nc, self._max_tokens = nc, max_tokens
-        self._inbox = nc.new_inbox()
-        self.live = Live()
-        self._ended: dict[str, asyncio.Event] = {}
-
-    async def start(self) -> None:
-        await self._nc.subscribe(f"{self._inbox}.*", cb=self._on_answer)
-        await self._nc.subscribe(subjects.DECISION_ROUTE, cb=self._on_route)
-
-    async def ask(self, prompt: str, model: str | None = None) -> str:
-        query_id = uuid.uuid4().hex
-        query = {"prompt": prompt, "max_tokens": self._max_tokens, "deadline_s": 300, "id": query_id}
-        if model is not None:
-            query["model"] = model
-        self._ended[query_id] = asyncio.Event()
-        self.live.at[query_id] = time.perf_counter()
-        await self._nc.publish("calm.query", json.dumps(query).encode(), reply=f"{self._inbox}.{query_id}")
-        return query_id
-
-    async def ended(self, query_id: str) -> None:
-        async with asyncio.timeout(320):
-            await self._ended[query_id].wait()
-
-    async def _on_answer(self, message: Msg) -> None:
-        query_id, body = message.subject.rsplit(".", 1)[1], json.loads(message.data)
-        if body["type"] == "answer.v1":
-            self.live.latency[query_id] = time.perf_counter() - self.live.at[query_id]
-            self.live.answer[query_id] = body
-        if body["type"] != "chunk.v1":
-            self._ended[query_id].set()
-
-    async def _on_route(self, message: Msg) -> None:
-        route = codec.unpack(message.data, m.Route)
-        self.live.route[route.query_id] = route
+CLIENTS = (
+    m.Preference(),
+    m.Preference(quality=12.0, latency=0.1, energy=0.0),
+    m.Preference(quality=0.3, latency=4.0, energy=0.1),
+)
+SHARES = ((0.6, 0.1, 0.3), (0.25, 0.65, 0.1), (0.6, 0.1, 0.3))
+"""Of the kinds of clients, in each third of the trace."""
 
 
 @dataclass(frozen=True)
@@ -111,53 +59,61 @@ class Known:
     """As learned by the end of the trace."""
 
 
-async def record(arguments: argparse.Namespace) -> tuple[Live, list[str], Known]:
-    """Steps 1 to 3."""
-    fleet = load_fleet(arguments.fleet)
-    prompts = read_prompts(arguments.queries, arguments.count)
-    async with running(workers=arguments.workers, fleet=arguments.fleet, memory=arguments.memory) as url:
-        nc = await nats.connect(url)
-        bus = await Bus.connect(replace(Settings.from_env(), nats_url=url), "bench-fidelity")
-        try:
-            models, seen = ModelsView(bus), FleetView(bus)
-            await models.start()
-            await seen.start()
-            asker = Asker(nc, arguments.max_tokens)
-            await asker.start()
-            for name in {card.variant: card.name for card in fleet.cards}.values():
-                for prompt in prompts[: arguments.warm_up]:
-                    await asker.ended(await asker.ask(prompt, name))
-            async with asyncio.timeout(10):
-                await models.ready.wait()
-            state = seen.workers()
-            gaps = np.random.default_rng(arguments.seed).exponential(1.0 / arguments.rate, len(prompts))
-            asked: list[str] = []
-            start = time.perf_counter()
-            for prompt, at in zip(prompts, np.cumsum(gaps).tolist(), strict=True):
-                await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
-                asked.append(await asker.ask(prompt))
-                print(f"\r{len(asked)} of {len(prompts)} asked", end="", file=sys.stderr, flush=True)
-            await asyncio.gather(*(asker.ended(query_id) for query_id in asked))
-            await asyncio.sleep(SETTLE_S)
-            qos = msgspec.json.decode((await nc.request("calm.knowledge.qos", b"{}", timeout=5)).data, type=m.Qos)
-            print(file=sys.stderr)
-        finally:
-            await nc.close()
-            await bus.close()
-    assert models.policy is not None
-    return asker.live, asked, Known(dict(models.cards), models.policy, state, qos)
+@dataclass(frozen=True)
+class Saved:
+    """A live run: enough to simulate it again."""
+
+    live: Live
+    asked: list[str]
+    known: Known
 
 
-def simulate(live: Live, asked: list[str], known: Known) -> tuple[Result, list[str]]:
-    """Step 4."""
+def clients(count: int, rng: np.random.Generator) -> list[m.Preference]:
+    """Whose query each is."""
+    thirds = [SHARES[min(i * len(SHARES) // count, len(SHARES) - 1)] for i in range(count)]
+    return [CLIENTS[rng.choice(len(CLIENTS), p=share)] for share in thirds]
+
+
+async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
+    """Play the trace."""
+    rng = np.random.default_rng(arguments.seed)
+    rng.shuffle(prompts)
+    warm, prompts = prompts[:8], prompts[8 : 8 + arguments.count]
+    at = np.cumsum(rng.exponential(1.0 / arguments.rate, len(prompts))).tolist()
+    wants = clients(len(prompts), rng)
+    async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
+        asker = asking.asker
+        for prompt, card in zip(warm, asking.models.cards, strict=False):  # the first queries of a system are slower
+            await asker.alone(prompt, card)
+        await asyncio.sleep(SETTLE_S)
+        state = asking.fleet.workers()
+        asked: list[str] = []
+        start = time.perf_counter()
+        for prompt, due, preference in zip(prompts, at, wants, strict=True):
+            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+            asked.append(await asker.ask(prompt, preference=preference))
+            print(f"\r{len(asked)} of {len(prompts)} asked", end="", file=sys.stderr, flush=True)
+        await asyncio.gather(*(asker.ended(query_id) for query_id in asked))
+        await asyncio.sleep(SETTLE_S)
+        qos = await asking.qos()
+        print(file=sys.stderr)
+        assert asking.models.policy is not None
+        known = Known(dict(asking.models.cards), asking.models.policy, state, qos)
+        return Saved(asker.live, asked, known)
+
+
+def simulate(live: Live, asked: list[str], known: Known, profile: Profile) -> tuple[Result, list[str]]:
+    """The same queries in virtual time."""
     answered = [
         recorded.Answered(
-            live.at[i], live.route[i], live.answer[i]["usage"]["tokens_in"], live.answer[i]["usage"]["tokens_out"]
+            live.at[i], live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
+            live.preference.get(i, m.Preference()),
         )
         for i in asked
-    ]
-    overhead_s = float(np.median([live.answer[i]["timings"]["overhead_s"] for i in asked]))
-    built = recorded.build(answered, known.cards, known.workers, known.qos, known.policy, overhead_s)
+    ]  # fmt: skip
+    built = recorded.build(
+        answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile
+    )  # fmt: skip
     return recorded.simulate(built), list(built.fleet.names)
 
 
@@ -172,62 +128,112 @@ def compare(live: Live, asked: list[str], result: Result, names: list[str]) -> l
         share = float(np.mean([live.answer[i]["artifact"] == name for i in asked]))
         mine = float(np.mean(result.model == column))
         rows.append((f"share of {name}", share, mine, mine - share))
-    joules = float(np.mean([live.answer[i]["energy"]["joules"] for i in asked]))
-    rows.append(("joules a query", joules, float(result.energy_j.mean()), float(result.energy_j.mean()) / joules - 1.0))
     return rows
+
+
+def beside_the_point(live: Live, asked: list[str], result: Result) -> list[list[Any]]:
+    """Figures that no bound is set for."""
+    p95 = float(np.quantile([live.latency[i] for i in asked], 0.95))
+    joules = float(np.mean([live.answer[i]["energy"]["joules"] for i in asked]))
+    return [
+        ["p95 latency, s", p95, float(np.quantile(result.latency_s, 0.95))],
+        ["joules a query", joules, float(result.energy_j.mean())],
+    ]
 
 
 def parts(live: Live, asked: list[str]) -> list[list[Any]]:
     """Where the live time went, on average."""
-    keys = ("queue_s", "load_s", "prefill_s", "decode_s", "overhead_s")
-    return [[key, float(np.mean([live.answer[i]["timings"][key] for i in asked]))] for key in keys]
+    keys = ("queue_s", "load_s", "prefill_s", "decode_s")
+    rows = [[key, float(np.mean([live.answer[i]["timings"][key] for i in asked]))] for key in keys]
+    return [*rows, ["beside", float(np.mean([beside(live, i) for i in asked]))]]
 
 
-def profile(known: Known) -> str:
-    """A measured profile, as TOML."""
-    lines = ['name = "measured"', f'description = "{known.workers[0].device.name}"', "shared = true", ""]
-    specs = {card.artifact.name: card.artifact for card in known.cards.values()}
-    for a in known.qos.artifacts:
-        if a.artifact in specs and a.count:
-            u = cost.unit_costs(specs[a.artifact], known.workers[0].device, a)
-            figures = {
-                "prefill_s": u.prefill_s, "tpot_s": u.tpot_s, "slope": cost.BATCH_SLOPE, "load_s": u.load_s,
-                "prefill_j": u.prefill_j, "decode_j": u.decode_j, "load_j": u.load_j,
-            }  # fmt: skip
-            lines += [f'[artifacts."{a.artifact}"]', *(f"{key} = {value:.6g}" for key, value in figures.items()), ""]
+def as_toml(found: dict[str, Measured], overhead_s: float, description: str) -> str:
+    """A measured profile."""
+    lines = [
+        f"# Measured by `python -m bench.fidelity measure`: {description}.",
+        "# Each artifact alone; loads with weights in the page cache and a spare process. Joules are of stated powers.",
+        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
+        f"overhead_s = {overhead_s:.4g}", "",
+    ]  # fmt: skip
+    for name, one in sorted(found.items()):
+        figures = {
+            key: getattr(one.unit, key)
+            for key in ("prefill_s", "beside", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")
+        }
+        lines += [f'[artifacts."{name}"]', *(f"{key} = {value:.5g}" for key, value in figures.items()), ""]
     return "\n".join(lines)
 
 
-def main() -> None:
+async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> None:
+    """The command `measure`."""
+    np.random.default_rng(arguments.seed + 1).shuffle(prompts)
+    async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
+        found, overhead_s = await measure(asking, prompts, arguments.alone)
+        device = asking.fleet.workers()[0].device
+    arguments.write.write_text(
+        as_toml(found, overhead_s, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8"
+    )
+    rows = [
+        [name, 1e3 * x.unit.prefill_s, x.unit.beside, 1e3 * x.unit.tpot_s, x.unit.slope, x.unit.load_s, x.burst_s]
+        for name, x in found.items()
+    ]
+    titles = ("artifact", "prompt token, ms", "beside", "token, ms", "slope", "load, s", "burst, s")
+    print_table(f"overhead {1e3 * overhead_s:.1f} ms", titles, rows)
+
+
+def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=Path, required=True, help="JSON lines with `prompt` or `question`; .gz too")
-    parser.add_argument("--count", type=int, default=80)
-    parser.add_argument("--rate", type=float, default=0.8, help="arrivals per second")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--warm-up", type=int, default=4)
-    parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--fleet", default="embedded")
-    parser.add_argument("--memory", default="", help="budget of each worker")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", type=Path, help="write what was measured as a profile")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    live, asked, known = asyncio.run(record(arguments))
+    commands = parser.add_subparsers(dest="command", required=True)
+    live = argparse.ArgumentParser(add_help=False)
+    live.add_argument("--queries", type=Path, required=True, help="JSON lines with `prompt` or `question`; .gz too")
+    live.add_argument("--workers", type=int, default=1)
+    live.add_argument("--max-tokens", type=int, default=48)
+    live.add_argument("--fleet", default="embedded")
+    live.add_argument("--memory", default="", help="budget of each worker")
+    live.add_argument("--seed", type=int, default=0)
+    one = commands.add_parser("measure", parents=[live], help="write this machine's profile")
+    one.add_argument("--write", type=Path, required=True)
+    one.add_argument("--alone", type=int, default=3, help="questions one at a time, for each model and load")
+    two = commands.add_parser("run", parents=[live], help="a trace, live and simulated")
+    two.add_argument("--count", type=int, default=60)
+    two.add_argument("--rate", type=float, default=0.8, help="arrivals per second")
+    two.add_argument("--save", type=Path, help="keep what came of it, for `again`")
+    three = commands.add_parser("again", help="simulate a saved run")
+    three.add_argument("--saved", type=Path, required=True)
+    for command in (two, three):
+        command.add_argument("--profile", default="cpu", help="name or file")
+        command.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of()
+    if arguments.command == "again":
+        saved = msgspec.msgpack.decode(arguments.saved.read_bytes(), type=Saved)
+    else:
+        prompts = read_prompts(arguments.queries, 2000)
+        if arguments.command == "measure":
+            asyncio.run(make_profile(arguments, prompts))
+            return
+        saved = asyncio.run(record(arguments, prompts))
+        if arguments.save:
+            arguments.save.write_bytes(msgspec.msgpack.encode(saved))
+    live, asked, known = saved.live, saved.asked, saved.known
     lost = [i for i in asked if i not in live.answer or i not in live.route]
     if lost:
         print(f"{len(lost)} queries were not answered", file=sys.stderr)
         sys.exit(1)
-    result, names = simulate(live, asked, known)
+    result, names = simulate(live, asked, known, load_profile(arguments.profile))
     rows = compare(live, asked, result, names)
     print_machine(machine())
     print_table("live and simulated", ("figure", "live", "simulated", "difference"), rows)
+    print_table("beside", ("figure", "live", "simulated"), beside_the_point(live, asked, result))
     print_table("live seconds, on average", ("part", "s"), parts(live, asked))
     print(f"loads in the simulation: {result.loads}")
-    if arguments.profile:
-        arguments.profile.write_text(profile(known), encoding="utf-8")
     if arguments.json:
         write_json(arguments.json, {"benchmark": "fidelity", "machine": machine(), "rows": rows})
-    sys.exit(0 if all(abs(row[3]) <= WITHIN for row in rows[:-1]) else 1)
+    sys.exit(0 if all(abs(row[3]) <= WITHIN for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -270,8 +270,8 @@ class Profile(_Internal, frozen=True, kw_only=True):
     affinity: dict[str, float] = {}
     """By card: cosine similarity between the query and the card's description and exemplars, -1 to 1."""
     tokens_in: dict[str, int] = {}
-    """By model: prompt tokens under that model's tokenizer, chat template left out; estimated from the length where they
-    cannot exceed any context."""
+    """By model: prompt tokens under that model's tokenizer, chat template left out; estimated where they cannot exceed
+    any context."""
     tokens_out: float = 128.0
     """Predicted length of the answer in tokens."""
     difficulty: float = 0.5
@@ -325,6 +325,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     knowledge_version: int = 0
     learned_version: int = 0
     """Of the learned quality; 0 when the cards' own scores were used."""
+    lengths_version: int = 0
+    """Of the learned lengths of answers; 0 when means stood for them."""
     objectives_version: int = 0
     embedding: bytes = b""
     """The query's sentence embedding, little-endian float16: what its judgement is learned with."""
@@ -632,7 +634,7 @@ class CardStanding(_Internal, frozen=True, kw_only=True, tag="card_standing.v1")
 class LearnedPart(_Internal, frozen=True, kw_only=True, tag="learned_part.v1"):
     """KV `calm_control`, key `learned.<name>.<index>`: a piece of learned parameters, small enough for a message."""
 
-    name: Literal["quality"]
+    name: Literal["quality", "length"]
     version: int
     index: int
     count: int

@@ -2,9 +2,13 @@
 
     python -m bench.sim.online --learn DIR --judge DIR [--queries 3000] [--feedback 0.2] [--seeds 10] [--json FILE]
 
-Queries come from `--learn` in random order; of their texts (not their outcomes or categories) clusters are made
-beforehand. Accuracy at a mark is that of the best guess at that time on all of `--judge`; regret is against the router
-that learned offline from everything in `--learn`, on the queries as they came. Bands are two standard errors.
+Queries come from `--learn` in random order; nothing of them is known beforehand but the scale of plain facts about
+their texts. Topics are made from the texts of the queries seen so far, and made anew as more have come. Accuracy at a
+mark is that of the best guess at that time on all of `--judge`; regret is against the router that learned offline from
+everything in `--learn`, on the queries as they came. Bands are two standard errors.
+
+`calm` also sees, as a running system does, whether an answer could be read at all: of every answer, judged or not
+(where the outcomes say it). `calm, judged only` sees nothing but the chosen model's outcome on the judged share.
 """
 
 from __future__ import annotations
@@ -25,40 +29,96 @@ from bench.sim.embed import embed
 from services.simulator import fleet as fleets
 from shared.errors import CalmError
 from shared.learn import bandit
-from shared.learn.quality import QualityModel
+from shared.learn.quality import BEGIN, Outcome, QualityModel
+from shared.learn.readable import ReadableQuality
+from shared.learn.topics import NESTED, Topics, clusters
 
 Array = NDArray[Any]
 MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
+
+
+TOPICS_AT = (40, 200, 1000)
+"""Queries seen when topics are made (anew)."""
+DUEL = 0.5
+"""Share of choices that go to a challenger."""
 
 
 class Learner(Protocol):
     def choose(self, row: int) -> int:
         """The model for the query of this row of the folder learned from."""
 
-    def observe(self, row: int, model: int, score: float) -> None: ...
+    def heard(self, row: int, model: int, readable: bool) -> None:
+        """An answer came, and whether it could be read. Told of every answer where the outcomes say it."""
+
+    def observe(self, row: int, model: int, score: float) -> None:
+        """An answer was judged."""
 
     def best(self) -> Array:
         """[judge]: the best guess for every query to judge."""
 
 
-class Calm:
-    """Ours: Thompson sampling over the hierarchical regression on clusters."""
+class Deaf:
+    """Makes nothing of whether an answer could be read."""
 
-    def __init__(self, models: tuple[str, ...], x: Array, judge: Array, rng: np.random.Generator) -> None:
-        self._model, self._x, self._judge, self._rng = QualityModel.start(models, x), x, judge, rng
+    def heard(self, row: int, model: int, readable: bool) -> None:
+        pass
+
+
+class Calm:
+    """Ours: top-two Thompson sampling over hierarchical regressions on clusters of the queries seen."""
+
+    def __init__(
+        self, models: tuple[str, ...], x: Array, judge: Array, rng: np.random.Generator, *, hears: bool, duel: float
+    ) -> None:
+        """`hears`: learn from whether answers could be read."""
+        self._x, self._judge, self._rng, self._duel = x, judge, rng, duel
+        topics = clusters(np.zeros((1, x.shape[1])), 1)  # levels alone, until there are queries to make topics from
+        self._model: QualityModel | ReadableQuality = (
+            ReadableQuality.start(models, topics) if hears else QualityModel(models, topics, prior=BEGIN)
+        )
+        self._seen: list[int] = []
+        self._judged: list[Outcome] = []
+        self._heard: list[Outcome] = []
+        self._unread: set[int] = set()
 
     def choose(self, row: int) -> int:
+        self._seen.append(row)
+        if len(self._seen) in TOPICS_AT:
+            self._retopic(clusters(self._x[self._seen], NESTED))
         normal = self._rng.standard_normal(bandit.shape_of(self._model))
-        return bandit.choose(bandit.distribution(self._model, self._x[row], normal), self._rng.random()).model
+        chances = bandit.distribution(self._model, self._x[row], normal, duel=self._duel)
+        return bandit.choose(chances, self._rng.random()).model
+
+    def heard(self, row: int, model: int, readable: bool) -> None:
+        if isinstance(self._model, ReadableQuality):
+            self._model.heard(self._x[row], model, readable)
+            self._heard.append((self._x[row], model, float(readable) - 1.0, 1.0))
+            if not readable:
+                self._unread.add(len(self._seen))
 
     def observe(self, row: int, model: int, score: float) -> None:
-        self._model.update(self._x[row], model, score)
+        if isinstance(self._model, QualityModel):
+            self._model.update(self._x[row], model, score)
+        elif len(self._seen) in self._unread:
+            return
+        else:
+            self._model.judged(self._x[row], model, score)
+        self._judged.append((self._x[row], model, score, 1.0))
 
     def best(self) -> Array:
         return np.asarray(self._model.predict(self._judge).mean.argmax(1))
 
+    def _retopic(self, topics: Topics) -> None:
+        if isinstance(self._model, QualityModel):
+            self._model = self._model.with_topics(topics, self._judged)
+        else:
+            self._model = ReadableQuality(
+                self._model.readable.with_topics(topics, self._heard),
+                self._model.worth.with_topics(topics, self._judged),
+            )
 
-class LinUcb:
+
+class LinUcb(Deaf):
     def __init__(self, models: tuple[str, ...], x: Array, judge: Array) -> None:
         self._router, self._x, self._judge = routers.LinUcb(models, x), x, judge
 
@@ -72,7 +132,7 @@ class LinUcb:
         return np.asarray(self._router.means(self._judge).argmax(1))
 
 
-class Levels:
+class Levels(Deaf):
     """UCB1 on the models' levels alone (Auer et al. 2002): what is to be had without looking at the query."""
 
     def __init__(self, models: int, judge: int) -> None:
@@ -92,7 +152,7 @@ class Levels:
         return np.full(self._judge, int((self._sum / np.maximum(self._count, 1)).argmax()))
 
 
-class Blind:
+class Blind(Deaf):
     """Chooses at random and learns nothing."""
 
     def __init__(self, models: int, judge: int, rng: np.random.Generator) -> None:
@@ -109,7 +169,13 @@ class Blind:
 
 
 def run(
-    learner: Learner, score: Array, judge: Array, queries: int, feedback: float, rng: np.random.Generator
+    learner: Learner,
+    score: Array,
+    judge: Array,
+    queries: int,
+    feedback: float,
+    rng: np.random.Generator,
+    answered: Array | None = None,
 ) -> tuple[dict[int, float], Array, Array]:
     """Accuracy on `judge` at the marks, the scores got [queries], and the rows asked [queries]."""
     rows = np.concatenate([rng.permutation(len(score)) for _ in range(-(-queries // len(score)))])[:queries]
@@ -118,6 +184,8 @@ def run(
     for t, row in enumerate(rows.tolist()):
         model = learner.choose(row)
         got[t] = score[row, model]
+        if answered is not None:
+            learner.heard(row, model, bool(answered[row, model]))
         if rng.random() < feedback:
             learner.observe(row, model, float(score[row, model]))
         if t + 1 in MARKS or t + 1 == queries:
@@ -136,7 +204,8 @@ def compare(learn: Outcomes, judge: Outcomes, queries: int, feedback: float, see
     reached = score[np.arange(len(learn)), own.argmax(1)]
     k = len(learn.models)
     makers: dict[str, Callable[[np.random.Generator], Learner]] = {
-        "calm": lambda rng: Calm(learn.models, x, wanted, rng),
+        "calm": lambda rng: Calm(learn.models, x, wanted, rng, hears=learn.answered is not None, duel=DUEL),
+        "calm, judged only": lambda rng: Calm(learn.models, x, wanted, rng, hears=False, duel=DUEL),
         "linucb": lambda _: LinUcb(learn.models, e_learn, e_judge),
         "ucb on levels": lambda _: Levels(k, len(judge)),
         "random": lambda rng: Blind(k, len(judge), rng),
@@ -148,7 +217,7 @@ def compare(learn: Outcomes, judge: Outcomes, queries: int, feedback: float, see
         for seed in range(seeds):
             print(f"\r{name}: seed {seed + 1} of {seeds}   ", end="", file=sys.stderr, flush=True)
             rng = np.random.default_rng(seed)
-            at, got, asked = run(make(rng), score, truth, queries, feedback, rng)
+            at, got, asked = run(make(rng), score, truth, queries, feedback, rng, learn.answered)
             accuracy.append(at)
             lost = np.cumsum(reached[asked] - got)
             regrets.append([float(lost[mark - 1]) for mark in at])
@@ -163,6 +232,7 @@ def compare(learn: Outcomes, judge: Outcomes, queries: int, feedback: float, see
         "benchmark": "online", "feedback": feedback, "seeds": seeds, "offline_accuracy": offline_accuracy,
         "best_single": float(truth[:, int(np.nanmean(learn.score, axis=0).argmax())].mean()), "policies": policies,
         "gap": offline_accuracy - policies["calm"]["accuracy"][-1],
+        "gap_judged_only": offline_accuracy - policies["calm, judged only"]["accuracy"][-1],
     }  # fmt: skip
 
 
@@ -199,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
             ],
         )  # fmt: skip
     print(
-        f"\noffline {result['offline_accuracy']:.4f}, best single {result['best_single']:.4f}, gap {result['gap']:.4f}"
+        f"\noffline {result['offline_accuracy']:.4f}, best single {result['best_single']:.4f}, "
+        f"gap {result['gap']:.4f}, by judged answers only {result['gap_judged_only']:.4f}"
     )
     if arguments.json:
         write_json(arguments.json, result)

@@ -1,6 +1,6 @@
 """Splits an outcomes folder into two, query by query, by a hash of the id.
 
-`python -m bench.sim.split DIR OUT1 OUT2 [--salt TEXT]`
+`python -m bench.sim.split DIR OUT1 OUT2 [--salt TEXT] [--share 0.5]`
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ import sys
 from pathlib import Path
 
 from bench.sim.data import load_outcomes
-from shared.errors import CalmError
+from shared.errors import CalmError, DataInvalid
 
 
-def half_of(query_id: str, salt: str = "") -> int:
-    """0 or 1, the same for an id wherever it is asked."""
-    return hashlib.sha256(f"{salt}{query_id}".encode()).digest()[0] & 1
+def half_of(query_id: str, salt: str = "", share: float = 0.5) -> int:
+    """0 with chance `share`, else 1; the same for an id wherever it is asked."""
+    first, second = hashlib.sha256(f"{salt}{query_id}".encode()).digest()[:2]
+    return int((first & 1) / 2 + second / 512 >= share)
 
 
-def split(source: Path, targets: tuple[Path, Path], salt: str = "") -> tuple[int, int]:
-    """Write both folders; returns how many queries each got. Raises DataInvalid when `source` cannot be used."""
+def split(source: Path, targets: tuple[Path, Path], salt: str = "", share: float = 0.5) -> tuple[int, int]:
+    """Write both folders, `share` of the queries to the first; returns how many each got.
+
+    Raises:
+        DataInvalid: `source` cannot be used, or the share is not between 0 and 1.
+    """
+    if not 0.0 < share < 1.0:
+        raise DataInvalid(f"{share:g} is no share of the queries.", "Write a number above 0 and below 1, such as 0.8.")
     outcomes = load_outcomes(source)
-    halves = [half_of(i, salt) for i in outcomes.ids]
+    halves = [half_of(i, salt, share) for i in outcomes.ids]
     for half, target in enumerate(targets):
         target.mkdir(parents=True, exist_ok=True)
         rows = [row for row, h in enumerate(halves) if h == half]
@@ -52,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("targets", type=Path, nargs=2)
     parser.add_argument("--salt", default="", help="another text gives another split")
+    parser.add_argument("--share", type=float, default=0.5, help="of the queries that the first folder gets")
     arguments = parser.parse_args(argv)
     try:
-        counts = split(arguments.source, tuple(arguments.targets), arguments.salt)
+        counts = split(arguments.source, tuple(arguments.targets), arguments.salt, arguments.share)
     except CalmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

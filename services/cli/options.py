@@ -88,6 +88,13 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("--residency", default="planned", choices=["planned", "lru", "lfu", "gdsf"])
     replay.add_argument("--memory", metavar="SIZE", help="memory budget of each worker")
     replay.add_argument("--workers", type=int, metavar="N")
+    replay.add_argument("--fleet", metavar="FILE", help="another fleet's models, cards, weights and memory")
+    replay.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="arrivals and token counts of a trace (CSV: TIMESTAMP,ContextTokens,GeneratedTokens), its first N lines",
+    )
     replay.add_argument("--w-quality", type=float)
     replay.add_argument("--w-latency", type=float)
     replay.add_argument("--w-energy", type=float)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import html
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -14,10 +18,13 @@ import numpy as np
 from services.simulator import recorded
 from services.simulator.engine import Result
 from services.simulator.recorded import Answered, Recorded
+from services.simulator.telemetry import Run
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError, DataInvalid
+from shared.models import fleet_file
+from shared.models.store import ModelStore
 from shared.settings import Settings, parse_bytes
 from shared.views import FleetView, ModelsView
 
@@ -42,18 +49,54 @@ class Outcome:
     shares: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a running system knows of itself and of the queries that it answered."""
+
+    answered: list[Answered]
+    cards: dict[str, m.Card]
+    workers: list[m.WorkerState]
+    qos: m.Qos
+    policy: m.Policy
+    overhead_s: float
+
+    def recorded(self) -> Recorded:
+        """Ready to simulate."""
+        return recorded.build(self.answered, self.cards, self.workers, self.qos, self.policy, self.overhead_s)
+
+
 async def replay(arguments: argparse.Namespace, settings: Settings) -> int:
     """Print what was recorded, simulated as it was and as asked for."""
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".html"):
+        raise DataInvalid(f"{arguments.plot.name} is neither PNG nor HTML.", "Give a name that ends in .png or .html.")
+    if arguments.faster <= 0.0:
+        raise DataInvalid(f"Arrivals cannot be {arguments.faster:g} times as fast.", "Give a number above 0.")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise DataInvalid(f"There cannot be {arguments.workers} workers.", "Give 1 or more.")
     bus = await Bus.connect(settings, "calm-replay", wait=False)
     try:
-        was = await read(bus, arguments.limit)
+        known = await read(bus, arguments.limit)
     finally:
         await bus.close()
-    policy = msgspec.structs.replace(was.policy, **_changes(arguments))
+    if arguments.trace is not None:
+        rows = await asyncio.to_thread(read_trace, arguments.trace, arguments.limit)
+        known = replace(known, answered=recorded.retimed(known.answered, rows))
+    other = known
+    if arguments.fleet:
+        file = await asyncio.to_thread(fleet_file.load_fleet, arguments.fleet)
+        cards = {card.name: card for card in fleet_file.cards(file, ModelStore(settings.models_path))}
+        policy = fleet_file.policy(file)
+        budget = policy.worker_memory_bytes
+        workers = [msgspec.structs.replace(w, budget_bytes=budget or w.budget_bytes) for w in known.workers]
+        other = replace(
+            known, cards=cards, policy=policy, workers=workers, answered=recorded.reconsidered(known.answered, cards)
+        )
     then = recorded.changed(
-        was, budget_bytes=parse_bytes(arguments.memory) if arguments.memory else 0, workers=arguments.workers or 0,
-        policy=policy, faster=arguments.faster,
+        other.recorded(), budget_bytes=parse_bytes(arguments.memory) if arguments.memory else 0,
+        workers=arguments.workers or 0, policy=msgspec.structs.replace(other.policy, **_changes(arguments)),
+        faster=arguments.faster,
     )  # fmt: skip
+    was = known.recorded()
     outcomes = [
         outcome("as it was", was, recorded.simulate(was)),
         outcome("what if", then, recorded.simulate(then, arguments.residency)),
@@ -61,8 +104,37 @@ async def replay(arguments: argparse.Namespace, settings: Settings) -> int:
     print(codec.to_json(outcomes).decode() if arguments.json else render(outcomes))
     if arguments.plot is not None:
         write(arguments.plot, outcomes)
-        print(f"written: {arguments.plot}")
+        print(f"written: {arguments.plot}", file=sys.stderr if arguments.json else sys.stdout)
     return 0
+
+
+def read_trace(path: Path, limit: int) -> list[tuple[float, int, int]]:
+    """(seconds since the first, tokens in, tokens out) of the first `limit` arrivals of a trace in Azure's format.
+
+    Raises:
+        DataInvalid: the file is missing, has no arrivals, or a line cannot be used.
+    """
+    found: list[tuple[datetime, int, int]] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for line, row in enumerate(csv.DictReader(file), 2):
+                try:
+                    # Seconds with seven digits: one more than Python reads.
+                    at = datetime.fromisoformat(row["TIMESTAMP"].strip()[:26])
+                    found.append((at, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    raise DataInvalid(
+                        "This line is no arrival.", "Each has TIMESTAMP,ContextTokens,GeneratedTokens.", path=str(path),
+                        line=line,
+                    ) from None  # fmt: skip
+                if len(found) == limit:
+                    break
+    except OSError as error:
+        raise DataInvalid(f"The trace cannot be read: {error.strerror}.", "Name a CSV file.", path=str(path)) from None
+    if not found:
+        raise DataInvalid("There are no arrivals in this trace.", "Give one with at least one line.", path=str(path))
+    found.sort(key=lambda one: one[0])
+    return [((at - found[0][0]).total_seconds(), tokens_in, tokens_out) for at, tokens_in, tokens_out in found]
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, float]:
@@ -76,7 +148,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-async def read(bus: Bus, limit: int) -> Recorded:
+async def read(bus: Bus, limit: int) -> Known:
     """The latest answered queries, with what the system knows of itself.
 
     Raises:
@@ -101,14 +173,25 @@ async def read(bus: Bus, limit: int) -> Recorded:
         )
         for record in await asyncio.gather(*asked):
             if record.route is not None and record.done is not None and record.done.answer is not None:
-                answer = record.done.answer
-                answered.append(
-                    Answered(record.received_at, record.route, answer.usage.tokens_in, answer.usage.tokens_out)
-                )
-                overhead.append(answer.timings.overhead_s)
+                answered.append(_answered(record, record.route, record.done, record.done.answer))
+                overhead.append(record.done.answer.timings.overhead_s)
+    if not answered:
+        raise DataInvalid("No answered query is on record.", "Ask some queries first: calm ask.")
     assert models.policy is not None
-    middle = float(np.median(overhead)) if overhead else 0.0
-    return recorded.build(answered, models.cards, fleet.workers(), qos, models.policy, middle)
+    middle = float(np.median(overhead))
+    return Known(answered, dict(models.cards), fleet.workers(), qos, models.policy, middle)
+
+
+def _answered(record: m.QueryRecord, route: m.Route, done: m.Done, answer: m.Answer) -> Answered:
+    tokens_read, t = answer.usage.tokens_in - answer.usage.tokens_cached, answer.timings
+    return Answered(
+        record.received_at, route, tokens_read, answer.usage.tokens_out,
+        record.query.preference if record.query is not None else m.Preference(),
+        Run(
+            done.artifact or answer.artifact, tokens_read, answer.usage.tokens_out, t.prefill_s, t.decode_s,
+            done.batch_mean,
+        ),
+    )  # fmt: skip
 
 
 def outcome(name: str, what: Recorded, result: Result) -> Outcome:
@@ -130,13 +213,13 @@ ROWS = (
 )  # fmt: skip
 
 
-def render(outcomes: list[Outcome]) -> str:
+def render(outcomes: Sequence[Outcome]) -> str:
     """A table, one column for each run."""
     lines = [f"{outcomes[0].queries} recorded queries, simulated", ""]
     lines.append(" " * 24 + "".join(f"{o.name:>14}" for o in outcomes))
     for label, name in ROWS:
         lines.append(f"{label:<24}" + "".join(f"{getattr(o, name):>14.3f}" for o in outcomes))
-    for model in outcomes[0].shares:
+    for model in dict.fromkeys(name for o in outcomes for name in o.shares):
         lines.append(f"{'share of ' + model:<24}" + "".join(f"{o.shares.get(model, 0.0):>14.3f}" for o in outcomes))
     return "\n".join(lines)
 
@@ -161,7 +244,9 @@ def write(path: Path, outcomes: list[Outcome]) -> None:
 
     figure, axes = plt.subplots(1, len(ROWS), figsize=(2.4 * len(ROWS), 3.0))
     for axis, (label, name) in zip(axes, ROWS, strict=True):
-        axis.bar([o.name for o in outcomes], [getattr(o, name) for o in outcomes], color=["tab:grey", "tab:red"])
+        bars = axis.bar([o.name for o in outcomes], [getattr(o, name) for o in outcomes], color=["tab:grey", "tab:red"])
+        axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.margins(y=0.15)
         axis.set_title(label, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.monitor.answers import Answers
 from services.monitor.learning import Learning
+from services.monitor.lengths import LengthKeeper
 from services.monitor.probing import Probing
 from services.monitor.recorder import Recorder
 from services.monitor.registry import Registry
@@ -47,6 +48,7 @@ class Base:
         self._writer = Writer(self._store)
         self._learning = Learning(self._bus, self._store, self._writer, context.clock)
         self._trust = Trust(self._bus, self._store, self._writer, context.clock, context.log)
+        self._lengths = LengthKeeper(self._bus, self._store, self._writer, context.clock, context.log)
         self._probing = Probing(
             self._bus, self._writer, self._trust, registry.probes, lambda: list(registry.cards or {}), workers,
             context.clock, context.log,
@@ -85,6 +87,7 @@ class Base:
         self._writer.start()
         await self._learning.start()
         await self._trust.start()
+        await self._lengths.start()
         await self._recorder.start()
         self._telemetry.append(await self._bus.subscribe(subjects.symptom(">"), self._on_symptom))
         self._telemetry.append(await self._bus.subscribe(subjects.energy("*"), self._on_energy))
@@ -106,6 +109,7 @@ class Base:
         await self._answers.stop(timeout_s)
         await self._recorder.stop(timeout_s)
         await self._trust.stop()
+        await self._lengths.stop()
         await self._learning.stop()
         await self._writer.stop()
         await self._store.close()
@@ -113,6 +117,7 @@ class Base:
     def note_cards(self) -> None:
         """Keep the cards as published."""
         self._trust.use(list(self._registry.cards or {}))
+        self._lengths.use(list(self._registry.cards or {}))
         for card in (self._registry.cards or {}).values():
             self._writer.note("models", rows.card(card, self._context.clock()))
 
@@ -127,9 +132,11 @@ class Base:
     def _on_done(self, done: m.Done) -> None:
         self._learning.on_done(done)
         self._trust.on_done(done)
+        self._lengths.on_done(done)
 
     def _on_route(self, route: m.Route) -> None:
         self._trust.on_route(route)
+        self._lengths.on_route(route)
         self._probing.on_route(route)
 
     async def _on_symptom(self, message: Msg) -> None:

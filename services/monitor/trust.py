@@ -35,7 +35,10 @@ ROUTES = 10_000
 """Latest decisions kept in memory; an older one is looked up when its judgement comes."""
 KEEP_OLD = 0.1
 """Of a drifting card, what is known counts this much of what it did, once its new level is accepted."""
-_LEARNED, _STANDINGS, _SIGNALS = "learned", "standings", "signals"
+OUTCOMES_S = 3600.0
+"""The outcomes kept (up to 2 MB) are stored this often, and at the end. After a crash, answers judged since then that
+are judged again count twice, and topics made anew leave them out."""
+_LEARNED, _STANDINGS, _SIGNALS, _OUTCOMES = "learned", "standings", "signals", "outcomes"
 
 
 class Trust:
@@ -48,6 +51,7 @@ class Trust:
         self._clock = clock
         self._log = log
         self._routes: OrderedDict[str, m.Route] = OrderedDict()
+        self._judged: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._learner = Learner(())
         self._standings: dict[str, Standing] = {}
         self._reasons: dict[str, tuple[str, float]] = {}
@@ -60,6 +64,7 @@ class Trust:
         self._signals = Signals()
         self._stored_at = clock()
         self._stored_version = 0
+        self._outcomes_at = clock()
         self._task: asyncio.Task[None] | None = None
         self._beginning: asyncio.Task[None] | None = None
 
@@ -78,10 +83,13 @@ class Trust:
             learned = await reads.latest_parameter(connection, _LEARNED)
             stood = await reads.latest_parameter(connection, _STANDINGS)
             signals = await reads.latest_parameter(connection, _SIGNALS)
+            outcomes = await reads.latest_parameter(connection, _OUTCOMES)
         if learned is not None:
             self._version = self._stored_version = learned[0]
             try:
                 self._learner = Learner.from_bytes(learned[1])
+                if outcomes is not None:
+                    self._learner.take_outcomes(outcomes[1])
                 self._fresh = self._learner.ready
             except ValueError as error:
                 self._log.warning("learned_parameters_unusable", error=str(error), remedy="They are learned anew.")
@@ -101,7 +109,7 @@ class Trust:
         await end([self._beginning])
         if self._task is not None:
             await end([self._task])
-            self._keep()
+            self._keep(outcomes=True)
 
     def use(self, cards: list[str]) -> None:
         """The fleet's cards."""
@@ -130,6 +138,7 @@ class Trust:
 
         with ThreadPoolExecutor(1, thread_name_prefix="topics") as alone:  # its class is the thread's, for good
             self._learner.begin(await asyncio.get_running_loop().run_in_executor(alone, make))
+        self._fresh = True
 
     def on_done(self, done: m.Done) -> None:
         """A query has ended."""
@@ -154,7 +163,7 @@ class Trust:
         candidate = next((c for c in route.candidates if c.card == card), None) if route is not None else None
         if route is None or candidate is None:
             return  # decided before this version, or the decision has been forgotten: nothing to compare with
-        self.judge(card, score, candidate, route.embedding)
+        self.judge(card, score, candidate, route.embedding, query_id)
 
     async def _stored(self, query_id: str) -> m.Route | None:
         record = await reads.query(self._store, query_id)
@@ -168,19 +177,30 @@ class Trust:
                 await event.wait()
         self._awaited.pop(query_id, None)
 
-    def judge(self, card: str, score: float, candidate: m.Candidate, features: bytes) -> None:
-        """Learn from a judgement, and compare it with what had been predicted."""
-        scale = candidate.terms.get("scale", 1.0)
-        predicted = min(max(candidate.quality / max(scale, 1e-6), 0.0), 1.0)
+    def judge(self, card: str, score: float, candidate: m.Candidate, features: bytes, query_id: str = "") -> None:
+        """Learn from a judgement, and compare it with what had been predicted. A second judgement of an answer takes
+        the place of the first in what is learned; it is no further evidence on how the card stands."""
         before = self._standings.get(card, Standing())
-        after, event = standing.judged(before, predicted, score)
+        after, event = before, None
+        if not self._again(query_id, card):
+            scale = candidate.terms.get("scale", 1.0)
+            predicted = min(max(candidate.quality / max(scale, 1e-6), 0.0), 1.0)
+            after, event = standing.judged(before, predicted, score)
         self._standings[card] = after
         if after.state == "healthy" and self._learner.judged(
-            card, embedding(features), candidate.terms.get("prior", candidate.quality), score
+            card, embedding(features), candidate.terms.get("prior", candidate.quality), score, query_id
         ):
             self._fresh = True
         if event is not None:
             self._happened(card, event, before, after)
+
+    def _again(self, query_id: str, card: str) -> bool:
+        """Whether this answer has been judged before; from now on it has."""
+        known = (query_id, card) in self._judged or self._learner.knows(query_id, card)
+        self._judged[query_id, card] = None
+        if len(self._judged) > ROUTES:
+            self._judged.popitem(last=False)
+        return known and bool(query_id)
 
     def _happened(self, card: str, event: str, before: Standing, after: Standing) -> None:
         now = self._clock()
@@ -208,7 +228,7 @@ class Trust:
             except (TimeoutError, OSError, nats.errors.Error) as error:
                 self._log.warning("learned_not_told", error=str(error) or type(error).__name__)
             if self._clock() - self._stored_at >= STORE_S:
-                self._keep()
+                self._keep(outcomes=self._clock() - self._outcomes_at >= OUTCOMES_S)
 
     async def _tell(self) -> None:
         bucket = subjects.BUCKET_CONTROL
@@ -240,17 +260,21 @@ class Trust:
             judgements=now.since, at=at,
         )  # fmt: skip
 
-    def _keep(self) -> None:
-        """Store learner and standings under a version of their own."""
+    def _keep(self, *, outcomes: bool) -> None:
+        """Store learner and standings under a version of their own, and the `outcomes` kept if they are due."""
         now = self._clock()
         self._stored_at = now
         if not self._routes and not self._standings:
             return
         version = max(self._version, self._stored_version + 1)
         self._version = self._stored_version = version
-        for name, record in (
-            (_LEARNED, self._learner.to_bytes()),
-            (_STANDINGS, msgspec.msgpack.encode(self._standings)),
-            (_SIGNALS, msgspec.msgpack.encode(self._signals)),
-        ):
+        records = {
+            _LEARNED: self._learner.to_bytes(),
+            _STANDINGS: msgspec.msgpack.encode(self._standings),
+            _SIGNALS: msgspec.msgpack.encode(self._signals),
+        }
+        if outcomes:
+            self._outcomes_at = now
+            records[_OUTCOMES] = self._learner.outcomes_to_bytes()
+        for name, record in records.items():
             self._writer.note("parameters", {"name": name, "version": version, "at": now, "record": record})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -20,6 +21,7 @@ from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
 from shared.learn.live import Learner
+from shared.learn.live_length import Lengths
 from shared.views import ControlView, FleetView, ModelsView
 
 PATIENCE = 0.6
@@ -50,6 +52,7 @@ class Knowledge:
         self.demand: dict[str, Demand] = {}
         self._standings = Standings()
         self._learner: tuple[int, Learner | None] = (0, None)
+        self._lengths: tuple[int, Lengths | None] = (0, None)
         self._outlook = Outlook(())
         self._charges: dict[str, tuple[float, float, float]] = {}
         self._charged_at = 0.0
@@ -85,15 +88,24 @@ class Knowledge:
         )
 
     def _learned_now(self) -> Learned:
-        """Learned quality as last told, decoded once for each version."""
+        """Learned quality and lengths as last told, decoded once for each version."""
         told = self.control.learned.get("quality")
         if told is not None and told[0] != self._learner[0]:
             try:
                 self._learner = (told[0], Learner.from_bytes(told[1]))
             except ValueError:  # of another version of this program: the cards' own scores stand until it is new
                 self._learner = (told[0], None)
+        told = self.control.learned.get("length")
+        if told is not None and told[0] != self._lengths[0]:
+            try:
+                self._lengths = (told[0], Lengths.from_bytes(told[1]))
+            except ValueError:
+                self._lengths = (told[0], None)
         version, learner = self._learner
-        return Learned(learner, version if learner is not None else 0, self.control.standings)
+        return Learned(
+            learner, version if learner is not None else 0, self.control.standings,
+            self._lengths[1], self._lengths[0] if self._lengths[1] is not None else 0,
+        )  # fmt: skip
 
     def specs(self) -> dict[str, m.ArtifactSpec]:
         return {card.artifact.name: card.artifact for card in self.models.cards.values()}
@@ -178,7 +190,7 @@ class Knowledge:
                 since = None
             elif since is None:
                 since = now
-            self.demand[artifact] = Demand(waiting, since, old.rate, old.rate_at)
+            self.demand[artifact] = replace(old, waiting=waiting, waiting_since=since)
 
     def routed(self, route: m.Route) -> None:
         """A planner, this one or another, has decided: its model is wanted."""
@@ -188,14 +200,29 @@ class Knowledge:
         artifact = card.artifact.name
         now = self._clock()
         self._foresee(route, now)
-        demand = residency.arrived(self.demand.get(artifact, Demand()), now)
+        demand = residency.arrived(self.demand.get(artifact, Demand()), now, work_s=self._work_s(route, card))
         if self.covered(artifact):
             self.demand[artifact] = demand  # whether it is enough is seen by the length of its queue
             return
         if demand.waiting_since is None:
-            demand = Demand(demand.waiting, now, demand.rate, demand.rate_at)
+            demand = replace(demand, waiting_since=now)
         self.demand[artifact] = demand
         self._on_change()
+
+    def _work_s(self, route: m.Route, card: m.Card) -> float:
+        """Seconds of an engine that the query will take, by the terms of its own decision."""
+        chosen = next((c for c in route.candidates if c.card == card.name), None)
+        worker = None if chosen is None else self.fleet.worker(chosen.worker)
+        if chosen is None or worker is None or not chosen.terms:
+            return 0.0
+        spec, device = card.artifact, worker.device
+        known = next(
+            (a for a in self.qos.artifacts if (a.artifact, a.device_class) == (spec.name, device.device_class)), None
+        )
+        return residency.work_of(
+            prefill_s=chosen.terms["prefill_s"], tokens_out=chosen.terms["tokens_out"],
+            tpot_s=cost.unit_costs(spec, device, known).tpot_s, slope=cost.BATCH_SLOPE, slots=spec.slots,
+        )  # fmt: skip
 
     def _foresee(self, route: m.Route, now: float) -> None:
         names = tuple(sorted(self.specs()))

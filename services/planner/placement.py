@@ -72,6 +72,8 @@ class Placement:
         while True:
             await self._knowledge.count_queues()
             busy = any(d.waiting for d in self._knowledge.demand.values())
+            if busy:
+                self._changed.set()
             await asyncio.sleep(COUNT_BUSY_S if busy else TICK_S)  # a stream announces no change of its length
 
     async def _run(self) -> None:

@@ -85,14 +85,15 @@ class Engine:
     """A model in the memory of a worker."""
 
     __slots__ = (
-        "at", "base_j", "heap", "j", "model", "more_j", "n", "prefill", "prefill_j", "ready_at", "serial", "since",
-        "slope", "slots", "state", "step", "tpot", "used", "v", "wake", "worker",
+        "at", "base_j", "beside", "heap", "j", "model", "more_j", "n", "prefill", "prefill_j", "ready_at", "serial",
+        "since", "slope", "slots", "state", "step", "tpot", "used", "v", "wake", "worker",
     )  # fmt: skip
 
     def __init__(self, model: int, worker: int, slots: int, unit: Any, now: float, serial: int) -> None:
         self.model, self.worker, self.slots = model, worker, slots
         self.tpot, self.slope, self.prefill = unit.tpot_s, unit.slope, unit.prefill_s
         self.base_j, self.more_j = unit.token_j
+        self.beside = unit.prefill_s * unit.beside
         self.prefill_j = unit.prefill_j
         self.n = 0
         """Sequences running."""
@@ -152,7 +153,7 @@ class Simulation:
         self.models, self.workers = len(fleet.models), len(fleet.workers)
         self.scoring = Fleet(
             fleet.names, fleet.workers, fleet.costs(), [m.slots for m in fleet.models], fleet.fits,
-            shared=(fleet.shared,) * self.workers, joint=joint, crowding=crowding,
+            shared=(fleet.shared and not fleet.believed,) * self.workers, joint=joint, crowding=crowding,
         )  # fmt: skip
         if len(work):
             self.scoring.service_tokens[:, 0] = np.mean(work.tokens_in)
@@ -168,8 +169,19 @@ class Simulation:
         self.queue: list[deque[int]] = [deque() for _ in range(self.models)]
         self.waiting_since: list[float] = [-1.0] * self.models
         """[m] when the oldest query began to wait for a model that is not resident; -1 when none does."""
-        self.busy = [0] * self.workers
-        """[w] engines at work."""
+        device = fleet.device or tuple(range(self.workers))
+        self._device = device
+        together: list[list[int]] = [[] for _ in range(max(device) + 1 if device else 0)]
+        for worker, number in enumerate(device):
+            together[number].append(worker)
+        self._mates = [together[number] for number in device]
+        """[w] workers on the same device."""
+        self._turns = fleet.turns and fleet.shared
+        self._places = fleet.places or (1.0,) * self.workers
+        self._busy = [0] * len(together)
+        """[device] engines at work."""
+        self._share = [1.0] * len(self._busy)
+        """[device] by how much its engines slow each other down."""
         self._changed: set[Engine] = set()
         """Engines whose state scoring has not been told since the last decision."""
         self._pending: list[list[tuple[int, float]]] = [[] for _ in range(self.workers)]
@@ -340,8 +352,8 @@ class Simulation:
         engine.used = now
         if n == 1:
             self._busier(worker, 1, engine)
-        share = self.busy[worker] if self.fleet.shared else 1
-        engine.at += engine.prefill * self._tin[i] * share
+        share = self._turn(engine) if self._turns else self._share[self._device[worker]]
+        engine.at += (engine.prefill if n == 1 and share == 1.0 else engine.beside) * self._tin[i] * share
         if engine.prefill_j:
             self._energy[i] += engine.prefill_j * self._tin[i]
             self._engine_j += engine.prefill_j * self._tin[i]
@@ -351,6 +363,8 @@ class Simulation:
         heapq.heappush(engine.heap, (engine.v + self._tout[i][engine.model], i, engine.j))
         self._wake(engine)
         self._changed.add(engine)
+        if self._turns:
+            self._retime(worker, engine)
 
     def _step(self, engine: Engine, now: float) -> None:
         """Sequences end; queued queries take their slots."""
@@ -379,16 +393,18 @@ class Simulation:
                 self._join(engine, queue.popleft(), now)
                 joined = True
             if not joined and engine.n:
-                share = self.busy[engine.worker] if self.fleet.shared else 1
+                share = self._turn(engine) if self._turns else self._share[self._device[engine.worker]]
                 engine.step = engine.tpot * (1.0 + engine.slope * (engine.n - 1)) * share
                 self._wake(engine)
             self._changed.add(engine)
         elif engine.n == 0:
             self._leave(engine)
         else:
-            share = self.busy[engine.worker] if self.fleet.shared else 1
+            share = self._turn(engine) if self._turns else self._share[self._device[engine.worker]]
             engine.step = engine.tpot * (1.0 + engine.slope * (engine.n - 1)) * share
             self._wake(engine)
+        if self._turns and ended:
+            self._retime(engine.worker, engine)
         for i in ended:
             if cascade:
                 self._tell_changed()
@@ -406,26 +422,57 @@ class Simulation:
 
     def _busier(self, worker: int, change: int, changed: Engine) -> None:
         """An engine begins or stops to work: those beside it on the device become slower or faster."""
-        self.busy[worker] += change
+        device = self._device[worker]
+        self._busy[device] += change
         if not self.fleet.shared:
             return
-        share = self.busy[worker]
-        for engine in self.engines[worker].values():
-            if engine is changed:
-                continue
-            n = engine.n
-            if n:
-                if self.now > engine.at:
-                    dv = (self.now - engine.at) / engine.step
-                    engine.v += dv
-                    spent = dv * (engine.base_j / n + engine.more_j)
-                    engine.j += spent
-                    self._engine_j += spent * n
-                    engine.at = self.now
-                engine.step = engine.tpot * (1.0 + engine.slope * (n - 1)) * share
-                self._wake(engine)
-            if engine.state == READY:
-                self._changed.add(engine)
+        share = max(self._busy[device] / self._places[worker], 1.0)
+        same = share == self._share[device] and not self._turns
+        self._share[device] = share
+        for mate in self._mates[worker]:
+            for engine in self.engines[mate].values():
+                if engine is changed:
+                    continue
+                if engine.n and not same:
+                    self._slow(engine, share)
+                if engine.state == READY:
+                    self._changed.add(engine)
+
+    def _slow(self, engine: Engine, share: float) -> None:
+        """Its steps take `share` times as long as alone from now on."""
+        n = engine.n
+        if self.now > engine.at:
+            dv = (self.now - engine.at) / engine.step
+            engine.v += dv
+            spent = dv * (engine.base_j / n + engine.more_j)
+            engine.j += spent
+            self._engine_j += spent * n
+            engine.at = self.now
+        engine.step = engine.tpot * (1.0 + engine.slope * (n - 1)) * (self._turn(engine) if self._turns else share)
+        self._wake(engine)
+
+    def _turn(self, engine: Engine) -> float:
+        """By how much an engine with work is slowed down where each waits for a step of every other in turn."""
+        own = engine.tpot * (1.0 + engine.slope * (engine.n - 1))
+        others, loading = 0.0, 0
+        for mate in self._mates[engine.worker]:
+            loading += self._loading[mate]
+            for other in self.engines[mate].values():
+                if other.n and other is not engine:
+                    others += other.tpot * (1.0 + other.slope * (other.n - 1))
+        slower: float = (own + others) / own / self._places[engine.worker]
+        return max(slower, 1.0) + loading
+
+    def _retime(self, worker: int, changed: Engine | None) -> None:
+        """An engine's batch has changed, and with it how long the others of its device wait for a turn."""
+        for mate in self._mates[worker]:
+            for engine in self.engines[mate].values():
+                if engine.n and engine is not changed:
+                    self._slow(engine, 1.0)
+
+    def _others(self, worker: int, own: int) -> float:
+        """By how much an engine with work would be slowed down by others, less 1; `own` is 1 if it is at work now."""
+        return max((self._busy[self._device[worker]] - own + 1) / self._places[worker] - 1.0, 0.0)
 
     def _wake(self, engine: Engine) -> None:
         at = engine.at + max(engine.heap[0][0] - engine.v, 0.0) * engine.step
@@ -459,6 +506,8 @@ class Simulation:
                 return
             pending.pop(0)
             self._loading[worker] = True
+            if self._turns:
+                self._retime(worker, None)
             engine = self._engine(model, worker)
             unit = self.fleet.unit[model][worker]
             engine.ready_at = self.now + unit.load_s
@@ -470,6 +519,8 @@ class Simulation:
     def _ready(self, engine: Engine, now: float) -> None:
         engine.state, engine.since, engine.used, engine.at = READY, now, now, now
         self._loading[engine.worker] = False
+        if self._turns:
+            self._retime(engine.worker, None)
         model = engine.model
         self.coming[model] -= 1
         self.holders[model].append(engine)
@@ -510,7 +561,7 @@ class Simulation:
         self.scoring.set_state(
             model, worker, ready=True, active=engine.n,
             waiting=-(-len(queue) // len(self.holders[model])) if queue else 0,
-            busy_engines=self.busy[worker] - (engine.n > 0),
+            busy_engines=self._others(worker, engine.n > 0),
         )  # fmt: skip
 
     def tell_model(self, model: int) -> None:
@@ -535,11 +586,11 @@ class Simulation:
         if engine is not None and engine.state == LOADING:
             ready_at = engine.ready_at
         elif pending:
-            ready_at = self.now + self.fleet.unit[model][worker].load_s
+            ready_at = self.now + self.fleet.planned_with[model][worker].load_s
         swap = None if self._swap is None else self._swap(self, model, worker)
         self.scoring.set_state(
             model, worker, ready=False, active=0, waiting=len(self.queue[model]), ready_at=ready_at,
-            busy_engines=self.busy[worker], delay_s=swap.delay_s if swap else 0.0,
+            busy_engines=self._others(worker, 0), delay_s=swap.delay_s if swap else 0.0,
             burden=swap.burden if swap else 0.0, sharing=swap.sharing if swap else 1.0,
         )  # fmt: skip
 

@@ -73,17 +73,32 @@ class SimFleet:
     """[m][w]."""
     fits: np.ndarray
     shared: bool
+    """Engines on one device divide it."""
     overhead_s: float
+    device: tuple[int, ...] = ()
+    """[w] number of the device (a GPU, or a host's cores) that a worker computes on; each on its own when empty."""
+    places: tuple[float, ...] = ()
+    """[w] engines that its device runs at once at full speed; 1 when empty."""
+    turns: bool = False
+    """Engines take turns at a device step by step, and loads compute there too (`profile`)."""
+    believed: tuple[tuple[UnitCosts, ...], ...] = ()
+    """[m][w] what the planner takes costs to be, where that is not what they are: means over loaded times, as it learns
+    them. It then takes nothing else off for sharing a device: they contain that."""
+
+    @property
+    def planned_with(self) -> tuple[tuple[UnitCosts, ...], ...]:
+        """[m][w] the planner's costs."""
+        return self.believed or self.unit
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(model.name for model in self.models)
 
     def costs(self) -> Costs:
-        """As arrays, for scoring."""
+        """As the planner takes them to be, as arrays."""
 
         def table(field: str) -> np.ndarray:
-            return np.array([[getattr(u, field) for u in row] for row in self.unit], np.float64)
+            return np.array([[getattr(u, field) for u in row] for row in self.planned_with], np.float64)
 
         return Costs(*(table(f) for f in ("prefill_s", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")))
 
@@ -177,5 +192,6 @@ def build(
         for m_, f in zip(chosen, footprint, strict=True)
     )  # fmt: skip
     return SimFleet(
-        file.fleet.name, chosen, tuple(names), tuple(budgets), footprint, unit, fits, profile.shared, profile.overhead_s
-    )
+        file.fleet.name, chosen, tuple(names), tuple(budgets), footprint, unit, fits, profile.shared,
+        profile.overhead_s, turns=profile.turns,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ knowledge of the future, which is the offline bound."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -41,8 +41,17 @@ class Options:
     """If not 0, the forecast is the queries that will come in this time: clairvoyant."""
 
 
-def warm_utilities(fleet: SimFleet, quality: Array, tokens_in: Array, tokens_out: Array, weights: Weights) -> Array:
+def warm_utilities(
+    fleet: SimFleet, quality: Array, tokens_in: Array, tokens_out: Array, weights: Weights | Sequence[Weights]
+) -> Array:
     """[n, m] utility of each model for each query, were it resident and moderately busy."""
+    if isinstance(weights, Sequence):
+        return np.concatenate(
+            [
+                warm_utilities(fleet, quality[i : i + 1], tokens_in[i : i + 1], tokens_out[i : i + 1], own)
+                for i, own in enumerate(weights)
+            ]
+        )
     costs = fleet.costs()
     best = np.argmax(fleet.fits, axis=1)
     rows = np.arange(len(best))
@@ -102,7 +111,7 @@ class Planned:
             for name, size, model in zip(fleet.names, fleet.footprint_bytes, fleet.models, strict=True)
         }  # fmt: skip
         first = [int(np.argmax(row)) for row in fleet.fits]
-        self._load_s = {name: fleet.unit[i][first[i]].load_s for i, name in enumerate(fleet.names)}
+        self._load_s = {name: fleet.planned_with[i][first[i]].load_s for i, name in enumerate(fleet.names)}
         self._index = {name: i for i, name in enumerate(fleet.names)}
         self._outlook = Outlook(fleet.names)
         self._policy = m.Policy(
@@ -115,7 +124,13 @@ class Planned:
     def routed(self, sim: Simulation, i: int, model: int, now: float) -> None:
         self._outlook.seen(now, self._utilities(i, model))
         name = sim.fleet.names[model]
-        self._demand[name] = residency.arrived(self._demand.get(name, Demand()), now)
+        tokens_in, tokens_out = sim.scoring.service_tokens[model]
+        unit = sim.fleet.planned_with[model][int(np.argmax(sim.fleet.fits[model]))]
+        work_s = residency.work_of(
+            prefill_s=unit.prefill_s * tokens_in, tokens_out=tokens_out, tpot_s=unit.tpot_s, slope=unit.slope,
+            slots=sim.fleet.models[model].slots,
+        )  # fmt: skip
+        self._demand[name] = residency.arrived(self._demand.get(name, Demand()), now, work_s=work_s)
 
     def need(self, sim: Simulation, model: int, now: float) -> None:
         self._pass(sim, now)
@@ -178,7 +193,7 @@ class Planned:
             old = self._demand.get(name, Demand())
             since = sim.waiting_since[i]
             waiting = len(sim.queue[i]) + sum(e.n for e in sim.holders[i])
-            demand[name] = Demand(waiting, since if since >= 0 else None, old.rate, old.rate_at)
+            demand[name] = replace(old, waiting=waiting, waiting_since=since if since >= 0 else None)
         forecast = self._forecast(sim, now)
         plan = residency.plan(
             workers=workers, specs=self._specs, pinned=frozenset(), popularity={}, demand=demand,

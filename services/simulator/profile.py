@@ -41,6 +41,9 @@ class MeasuredArtifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     prefill_j: float
     decode_j: float
     load_j: float
+    beside: float = 1.0
+    """A prompt token takes this many times as long while other sequences or engines run: prompts are read in
+    small pieces then."""
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +61,9 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     artifacts: dict[str, MeasuredArtifact] = {}
     overhead_s: float = 0.0
     """What a query takes beyond waiting, loading, reading and writing: the way through the services."""
+    turns: bool = False
+    """The device is a host's cores: engines take turns at it step by step, and who loads computes there too. Without it
+    engines divide the device evenly, and a load takes nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class UnitCosts:
     load_j: float
     token_j: tuple[float, float] = (0.0, 0.0)
     """Joules of an output token at batch b: token_j[0] / b + token_j[1]."""
+    beside: float = 1.0
+    """Growth of `prefill_s` while other sequences or engines run."""
 
     def step_s(self, batch: float) -> float:
         """Seconds of a decode step at this batch size."""
@@ -87,6 +95,7 @@ class Profile:
     description: str
     shared: bool
     overhead_s: float
+    turns: bool
     _file: _File = field(repr=False)
 
     def costs(
@@ -114,8 +123,9 @@ class Profile:
                 )
             a = file.artifacts[model]
             return UnitCosts(
-                a.prefill_s, a.tpot_s, a.slope, a.load_s, a.prefill_j, a.decode_j, a.load_j, (0.0, a.decode_j)
-            )
+                a.prefill_s, a.tpot_s, a.slope, a.load_s, a.prefill_j, a.decode_j, a.load_j, (0.0, a.decode_j),
+                a.beside,
+            )  # fmt: skip
         c0, c1, c2, c3 = file.fit.step_ms
         read = _read_b(parameters_b, active_b, 8) / gpus
         alone = (c0 + c1 * read + c2 + c3 * active_b / gpus) / 1e3
@@ -160,7 +170,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise DataInvalid("There is no such profile.", f"Name a file, or one of: {known}.", path=str(path)) from None
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise DataInvalid(f"This is no profile: {error}.", "See profiles/h100.toml.", path=str(path)) from None
-    return Profile(file.name, file.description, file.shared, file.overhead_s, file)
+    return Profile(file.name, file.description, file.shared, file.overhead_s, file.turns, file)
 
 
 def _read_b(parameters_b: float, active_b: float, batch: float) -> float:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide import cost
+from services.planner.decide.routing import weights_of
 from services.planner.decide.scoring import slope_of_penalty
+from services.simulator import telemetry
 from services.simulator.engine import Residency, Result, Simulation, Workload
 from services.simulator.fleet import SimFleet, SimModel
 from services.simulator.planned import Options, Planned, warm_utilities
-from services.simulator.profile import UnitCosts
+from services.simulator.profile import Profile, UnitCosts
 from services.simulator.residency import ON_DEMAND
 from services.simulator.routers import Scored
+from services.simulator.telemetry import Run
 from shared import messages as m
 from shared.errors import DataInvalid
 
@@ -33,7 +36,23 @@ class Answered:
     """Seconds, in any clock."""
     route: m.Route
     tokens_in: int
+    """That had to be read: those in the engine's cache are not counted."""
     tokens_out: int
+    preference: m.Preference = field(default_factory=m.Preference)
+    """Weights that the query asked for itself."""
+    run: Run | None = None
+    """What it took; without any, costs are as routing believes them to be."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """The fleet's weights with a query's own in their place."""
+
+    w_quality: float
+    w_latency: float
+    w_energy: float
+    latency_slo_s: float
+    energy_ref_j: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,16 @@ class Recorded:
     policy: m.Policy
     resident: tuple[tuple[int, ...], ...]
     """[workers] artifacts resident at the start."""
+    preferences: tuple[m.Preference, ...] = ()
+    """[n]; none has any when empty."""
+
+    def weights(self) -> list[Own] | m.Policy:
+        """Of each query; one for all when no query has a preference."""
+        p = self.policy
+        if all(one == m.Preference() for one in self.preferences):
+            return p
+        found = [weights_of(one, p) for one in self.preferences]
+        return [Own(w["w_q"], w["w_l"], w["w_e"], p.latency_slo_s, p.energy_ref_j) for w in found]
 
 
 def build(
@@ -58,60 +87,128 @@ def build(
     qos: m.Qos,
     policy: m.Policy,
     overhead_s: float,
+    profile: Profile | None = None,
 ) -> Recorded:
     """Put recorded queries together. What a model would have written that was not asked is taken to be as long as what
-    was written; what was learned of an artifact's speed contains the sharing of its device.
+    was written. Costs are the profile's, or without one what the queries took, less what others put on them
+    (`telemetry`); the planner takes them to be what it has learned, as it did.
 
     Raises:
-        DataInvalid: there is nothing to replay.
+        DataInvalid: there is nothing to replay, or the profile lacks an artifact.
     """
     if not answered or not workers:
         raise DataInvalid("There is nothing to replay.", "Ask some queries first, and see that a worker runs.")
     specs = {card.artifact.name: card.artifact for card in cards.values()}
     names = sorted(specs)
-    learned = {(a.artifact, a.device_class): a for a in qos.artifacts}
-    unit = []
-    for name in names:
-        row = []
-        for w in workers:
-            u = cost.unit_costs(specs[name], w.device, learned.get((name, w.device.device_class)))
-            row.append(
-                UnitCosts(
-                    u.prefill_s, u.tpot_s, cost.BATCH_SLOPE, u.load_s, u.prefill_j, u.decode_j, u.load_j,
-                    (0.0, u.decode_j),
-                )
-            )  # fmt: skip
-        unit.append(tuple(row))
+    ordered_specs = [specs[name] for name in names]
+    unit = _units(ordered_specs, workers, qos, [a.run for a in answered if a.run], profile)
     sizes = tuple(specs[name].footprint_bytes for name in names)
     budgets = tuple(w.budget_bytes for w in workers)
     models = tuple(
         SimModel(name=name, parameters_b=1.0, memory=size, slots=specs[name].slots)
         for name, size in zip(names, sizes, strict=True)
     )
+    device, places = telemetry.devices(workers)
     fleet = SimFleet(
-        policy.fleet, models, tuple(w.worker for w in workers), budgets, sizes, tuple(unit),
-        np.less_equal.outer(np.array(sizes), np.array(budgets)), shared=False, overhead_s=overhead_s,
+        policy.fleet, models, tuple(w.worker for w in workers), budgets, sizes, unit,
+        np.less_equal.outer(np.array(sizes), np.array(budgets)), shared=True, overhead_s=overhead_s,
+        device=device, places=places,
+        turns=any(w.device.kind == "cpu" for w in workers) if profile is None else profile.turns,
+        believed=_units(ordered_specs, workers, qos, [], None),
     )  # fmt: skip
+    column = {name: i for i, name in enumerate(names)}
+    ordered, quality, tokens = _predicted(sorted(answered, key=lambda a: a.at), column)
+    if not ordered:
+        raise DataInvalid(
+            "No recorded query can be replayed: the fleet has none of the models they could have gone to.",
+            "Use a fleet with models that were there when the queries were recorded.",
+        )
+    work = Workload(
+        np.array([a.at - ordered[0].at for a in ordered]), np.arange(len(ordered)),
+        np.array([float(a.tokens_in) for a in ordered]),
+        np.repeat(np.array([[float(a.tokens_out)] for a in ordered]), len(names), axis=1),
+        np.where(np.isfinite(quality), quality, 0.0),
+    )  # fmt: skip
+    resident = tuple(
+        tuple(column[e.artifact] for e in w.engines if e.state == "ready" and e.artifact in column) for w in workers
+    )
+    return Recorded(fleet, work, quality, tokens, policy, resident, tuple(a.preference for a in ordered))
+
+
+def reconsidered(answered: Sequence[Answered], cards: Mapping[str, m.Card]) -> list[Answered]:
+    """The same queries before another fleet's cards. A card that was weighed keeps what was predicted of it; of another
+    there is what it promises for the query's domains, and the usual length, its own limit at most."""
+    found = []
+    for one in answered:
+        weighed = {c.card: c for c in one.route.candidates}
+        lengths = [c.terms["tokens_out"] for c in one.route.candidates if "tokens_out" in c.terms]
+        usual = float(np.mean(lengths)) if lengths else float(one.tokens_out)
+        candidates = []
+        for name, card in cards.items():
+            was = weighed.get(name)
+            if was is not None and was.artifact == card.artifact.name:
+                candidates.append(was)
+                continue
+            known = sum(one.route.domains.values()) or 1.0
+            promised = sum(p * card.domains.get(d, card.quality) for d, p in one.route.domains.items()) / known
+            candidates.append(
+                m.Candidate(
+                    card=name, artifact=card.artifact.name, quality=promised if one.route.domains else card.quality,
+                    terms={"tokens_out": min(usual, float(card.max_tokens))},
+                )
+            )  # fmt: skip
+        found.append(replace(one, route=msgspec.structs.replace(one.route, candidates=candidates)))
+    return found
+
+
+def retimed(answered: Sequence[Answered], rows: Sequence[tuple[float, int, int]]) -> list[Answered]:
+    """A trace's arrivals (seconds, tokens in, tokens out), with recorded queries in turn for what is predicted."""
     ordered = sorted(answered, key=lambda a: a.at)
-    n, column = len(ordered), {name: i for i, name in enumerate(names)}
-    quality = np.full((n, len(names)), -np.inf)
-    tokens = np.full((n, len(names)), 1.0)
+    return [
+        replace(ordered[i % len(ordered)], at=at, tokens_in=tokens_in, tokens_out=max(tokens_out, 1))
+        for i, (at, tokens_in, tokens_out) in enumerate(rows)
+    ]
+
+
+def _units(
+    specs: Sequence[m.ArtifactSpec],
+    workers: Sequence[m.WorkerState],
+    qos: m.Qos,
+    runs: Sequence[Run],
+    profile: Profile | None,
+) -> tuple[tuple[UnitCosts, ...], ...]:
+    if profile is not None:
+        return tuple(
+            (
+                profile.costs(
+                    spec.name, parameters_b=1.0, active_b=1.0, memory_bytes=spec.footprint_bytes, gpus=1, sequences=0
+                ),
+            )
+            * len(workers)
+            for spec in specs
+        )
+    learned = {(a.artifact, a.device_class): a for a in qos.artifacts}
+    mine = telemetry.by_artifact(runs)
+    return tuple(
+        tuple(
+            telemetry.alone(spec, w.device, learned.get((spec.name, w.device.device_class)), mine.get(spec.name, ()))
+            for w in workers
+        )
+        for spec in specs
+    )
+
+
+def _predicted(ordered: Sequence[Answered], column: Mapping[str, int]) -> tuple[list[Answered], Array, Array]:
+    """Queries that could go to some artifact, and for each the quality and tokens predicted of its best card there."""
+    quality = np.full((len(ordered), len(column)), -np.inf)
+    tokens = np.full((len(ordered), len(column)), 1.0)
     for i, one in enumerate(ordered):
         for c in one.route.candidates:
             if c.artifact in column and c.excluded is None and c.quality > quality[i, column[c.artifact]]:
                 quality[i, column[c.artifact]] = c.quality
                 tokens[i, column[c.artifact]] = c.terms.get("tokens_out", 1.0)
     kept = np.isfinite(quality).any(axis=1)
-    work = Workload(
-        np.array([a.at - ordered[0].at for a in ordered])[kept], np.arange(n)[kept],
-        np.array([float(a.tokens_in) for a in ordered])[kept],
-        np.repeat(np.array([[float(a.tokens_out)] for a in ordered]), len(names), axis=1)[kept],
-        np.where(np.isfinite(quality), quality, 0.0)[kept],
-    )  # fmt: skip
-    resident = tuple(
-        tuple(column[e.artifact] for e in w.engines if e.state == "ready" and e.artifact in column) for w in workers
-    )
-    return Recorded(fleet, work, quality[kept], tokens[kept], policy, resident)
+    return [one for one, k in zip(ordered, kept.tolist(), strict=True) if k], quality[kept], tokens[kept]
 
 
 def simulate(recorded: Recorded, residency: str = "planned") -> Result:
@@ -125,10 +222,10 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
     r, policy = recorded, recorded.policy
     if residency == "planned":
         usable = np.where(np.isfinite(r.quality), r.quality, UNUSABLE)
-        warm = warm_utilities(r.fleet, usable, r.work.tokens_in, r.tokens_out, policy)
+        warm = warm_utilities(r.fleet, usable, r.work.tokens_in, r.tokens_out, r.weights())
         keeper: Residency = Planned(
             lambda i, _model: warm[i],
-            [policy.w_energy * row[0].load_j / policy.energy_ref_j for row in r.fleet.unit],
+            [policy.w_energy * row[0].load_j / policy.energy_ref_j for row in r.fleet.planned_with],
             r.work.arrival_s,
             order=(),
             second_cost=policy.w_latency * slope_of_penalty(policy.latency_slo_s),
@@ -140,7 +237,7 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
         raise DataInvalid(
             f"There is no residency policy {residency!r}.", f"Use planned, {', '.join(sorted(ON_DEMAND))}."
         )
-    router = Scored(r.quality, r.work.tokens_in, r.tokens_out, policy)
+    router = Scored(r.quality, r.work.tokens_in, r.tokens_out, r.weights())
     simulation = Simulation(r.fleet, r.work, router, keeper)
     for worker, models in enumerate(r.resident):
         for model in models:
@@ -156,7 +253,7 @@ def changed(
     Args:
         recorded: what was.
         budget_bytes: of every worker, if not 0; nothing is resident at the start then.
-        workers: as many, each like the first, if not 0.
+        workers: as many, each like the first and with a device of its own, if not 0.
         policy: weights and objectives.
         faster: queries arrive this many times as fast.
 
@@ -175,8 +272,10 @@ def changed(
             if not fits[model].any() and (model in only or not fits.any()):
                 raise DataInvalid(f"{fleet.names[model]} would fit no worker.", "Give more memory.")
         fleet = replace(
-            fleet, workers=names, budget_bytes=budgets, fits=fits, unit=tuple((row[0],) * count for row in fleet.unit)
-        )
+            fleet, workers=names, budget_bytes=budgets, fits=fits, unit=tuple((row[0],) * count for row in fleet.unit),
+            believed=tuple((row[0],) * count for row in fleet.believed),
+            device=() if workers else fleet.device, places=() if workers else fleet.places,
+        )  # fmt: skip
         resident = ((),) * count
     work = replace(recorded.work, arrival_s=recorded.work.arrival_s / faster)
     return replace(recorded, fleet=fleet, work=work, resident=resident, policy=policy or recorded.policy)

@@ -39,7 +39,7 @@ class Scored:
         quality: Array,
         tokens_in: Array,
         tokens_out: Array,
-        weights: Weights,
+        weights: Weights | Sequence[Weights],
         *,
         escalate: Callable[[int, int, int], int] | None = None,
         on_end: Callable[[int, int, float, float, float], Weights | None] | None = None,
@@ -48,20 +48,22 @@ class Scored:
         Args:
             quality, tokens_out: [n, m], predicted; quality of minus infinity bars a model.
             tokens_in: [n].
-            weights: of the utility.
+            weights: of the utility; a sequence [n] gives each query its own.
             escalate: (query, model, attempt) -> model to ask next, or -1: the cascade.
             on_end: (query, model, latency_s, energy_j, now) -> new weights, or None: the dual controller.
         """
         self._quality = np.ascontiguousarray(quality, np.float64)[:, :, None]
         self._tokens_out = np.ascontiguousarray(tokens_out, np.float64)[:, :, None]
         self._tokens_in: list[float] = np.asarray(tokens_in, np.float64).tolist()
-        self.weights = weights
+        self._own = weights if isinstance(weights, Sequence) else None
+        self.weights: Weights = weights[0] if isinstance(weights, Sequence) else weights
         self._escalate = escalate
         self._on_end = on_end
         self.cascades = escalate is not None
 
     def route(self, i: int, now: float, fleet: Fleet) -> tuple[int, int]:
-        u = fleet.utilities(self._quality[i], self._tokens_in[i], self._tokens_out[i], self.weights, now)
+        weights = self.weights if self._own is None else self._own[i]
+        u = fleet.utilities(self._quality[i], self._tokens_in[i], self._tokens_out[i], weights, now)
         model, worker = divmod(int(u.argmax()), int(u.shape[1]))
         return model, worker
 

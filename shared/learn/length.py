@@ -27,6 +27,8 @@ VERSION = "length.v1"
 USUAL_TOKENS = 128.0
 """Expected of a model of which nothing is known."""
 _USUAL = float(np.log1p(USUAL_TOKENS))
+USUAL_WEIGHT = 4.0
+"""Answers that this expectation is worth."""
 SPREAD = 0.8
 """Standard deviation of the logarithm of a length, before it has been seen."""
 
@@ -53,7 +55,7 @@ class LengthModel:
         if sums is None:
             factor = np.exp(SPREAD**2 / 2.0)
             usual = np.array([SPREAD**2, 1.0, USUAL_TOKENS * factor, USUAL_TOKENS])
-            sums = np.repeat(4.0 * usual[:, None], len(log.models), axis=1)
+            sums = np.repeat(USUAL_WEIGHT * usual[:, None], len(log.models), axis=1)
         self._sums = sums
 
     @classmethod
@@ -90,6 +92,23 @@ class LengthModel:
         said = float(self._log.predict(x[None, :]).mean[0, model])
         self._sums[:, model] += ((target - said) ** 2, 1.0, tokens, np.expm1(_USUAL + said))
         self._log.update(x, model, target)
+
+    @property
+    def width(self) -> int:
+        """Features of a query."""
+        return len(self._log.topics.centre)
+
+    def seen(self, model: int) -> float:
+        """Answers of this model that have been learned from."""
+        return float(self._sums[1, model]) - USUAL_WEIGHT
+
+    def with_models(self, models: Sequence[str]) -> LengthModel:
+        """The same knowledge for another list of models: new ones begin at the level that all share."""
+        changed = LengthModel(self._log.with_models(models))
+        for new, name in enumerate(models):
+            if name in self.models:
+                changed._sums[:, new] = self._sums[:, self.models.index(name)]
+        return changed
 
     def to_bytes(self) -> bytes:
         """For the knowledge base."""

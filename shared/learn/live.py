@@ -1,11 +1,14 @@
 """What the running system learns of its cards' quality from judgements. Pure: no clock, no files.
 
 The knowledge owner keeps one `Learner`, feeds it, stores it and broadcasts it; planners read what they are sent. Topics
-are clusters of the first `START` queries' embeddings, so nothing is learned before those have been seen.
+are clusters of the first `START` queries' embeddings, so nothing is learned before those have been seen, and are made
+anew when `RENEW` have been: with them the outcomes kept are learned again. The latest `KEPT` outcomes are kept, by
+query and card, so that a second judgement of an answer takes the place of the first.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +16,31 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.learn.quality import QualityModel
+from shared.learn.quality import Outcome, QualityModel
 
 Array = NDArray[Any]
 START = 40
 """Queries from whose embeddings topics are made."""
+RENEW = (200, 1000)
+"""Queries that must have been seen, since the start or a restart, for topics to be made anew from them."""
+KEPT = 2000
+"""Outcomes, about 0.8 kB each."""
 VERSION = "learner.v1"
+
+
+class Kept(msgspec.Struct):
+    """One judgement that was learned from."""
+
+    x: bytes
+    """Embedding, float16."""
+    prior: float
+    score: float
+    weight: float = 1.0
+    """What it counts by now."""
+
+    @property
+    def embedding(self) -> Array:
+        return embedding(self.x)
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -27,6 +49,8 @@ class _Stored(msgspec.Struct, frozen=True):
     judgements: int
     started: list[bytes]
     quality: bytes = b""
+    topics_from: int = 0
+    topics_version: int = 0
 
 
 class Learner:
@@ -37,7 +61,12 @@ class Learner:
         self.judgements = 0
         """Taken in so far."""
         self.quality: QualityModel | None = None
-        self._first: list[Array] = []
+        self.topics_from = 0
+        """Queries that the present topics were made from."""
+        self.topics_version = 0
+        """How often topics were made."""
+        self._recent: deque[Array] = deque(maxlen=RENEW[-1])
+        self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
 
     @property
     def ready(self) -> bool:
@@ -45,32 +74,52 @@ class Learner:
         return self.quality is not None and self.judgements > 0
 
     def seen(self, x: Array) -> Array | None:
-        """A query's embedding [d]; the first of them make the topics. With the last of these, all of them [START, d]:
-        to be given to `first_quality`, which takes a while, and what that returns to `begin`."""
-        full = len(self._first) >= START
-        if self.quality is not None or full or (self._first and len(x) != len(self._first[0])):
+        """A query's embedding [d]. Those seen [n, d] are returned when topics are to be made (anew) from them: to be
+        given to `first_quality`, which takes a while, and what that returns to `begin`."""
+        if self._recent and len(x) != len(self._recent[0]):
             return None
-        self._first.append(np.asarray(x, np.float64))
-        return np.stack(self._first) if len(self._first) >= START else None
+        self._recent.append(np.asarray(x, np.float32))
+        due = next((n for n in (START, *RENEW) if n > self.topics_from), None)
+        if due is None or len(self._recent) < due:
+            return None
+        self.topics_from = len(self._recent)  # and not asked for again while they are being made
+        return np.stack(self._recent).astype(np.float64)
 
     def begin(self, quality: QualityModel) -> None:
-        """Learn from now on, with these topics."""
-        self.quality = quality.with_models(self.cards)
-        self._first = []
+        """Learn from now on with these topics; what is kept is learned again."""
+        prior = self.quality.prior if self.quality is not None else quality.prior
+        self.topics_version += 1
+        fresh = QualityModel(self.cards, quality.topics, prior=prior)
+        self.quality = fresh.with_topics(quality.topics, self._outcomes(len(quality.topics.centre)))
 
-    def judged(self, card: str, x: Array, prior: float, score: float) -> bool:
+    def judged(self, card: str, x: Array, prior: float, score: float, query_id: str = "") -> bool:
         """One judgement (0 to 1) of an answer; `prior` is what the card promised for the query. False when it could
-        not be learned from."""
+        not be learned from. A further judgement of this card's answer to `query_id` takes the place of the last."""
         if self.quality is None or card not in self.cards or len(x) != len(self.quality.topics.centre):
             return False
-        self.quality.update(np.asarray(x, np.float64), self.cards.index(card), score, prior)
-        self.judgements += 1
+        index, before = self.cards.index(card), self._kept.pop((query_id, card), None)
+        if before is not None:
+            self.quality.withdraw(before.embedding, index, before.score, before.prior, before.weight)
+        kept = Kept(np.asarray(x, "<f2").tobytes(), prior, score)
+        self.quality.update(kept.embedding, index, score, prior)
+        self.judgements += before is None
+        if query_id:
+            self._kept[query_id, card] = kept
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return True
+
+    def knows(self, query_id: str, card: str) -> bool:
+        """Whether a judgement of this card's answer to the query is kept."""
+        return (query_id, card) in self._kept
 
     def changed(self, card: str, keep: float) -> None:
         """A card answers differently from before: what is known of it counts `keep` (0 to 1) of what it did."""
         if self.quality is not None and card in self.cards:
             self.quality.forget(self.cards.index(card), keep)
+            for (_, name), kept in self._kept.items():
+                if name == card:
+                    kept.weight *= keep
 
     def use(self, cards: Sequence[str]) -> None:
         """The fleet has other cards now; what is known of those that stay is kept."""
@@ -78,14 +127,30 @@ class Learner:
         if names == self.cards:
             return
         self.cards = names
+        for key in [key for key in self._kept if key[1] not in names]:
+            del self._kept[key]
         if self.quality is not None:
             self.quality = self.quality.with_models(names)
 
+    def outcomes_to_bytes(self) -> bytes:
+        """What is kept, for the knowledge base: up to 2 MB, which planners do not need."""
+        return msgspec.msgpack.encode([(query_id, card, kept) for (query_id, card), kept in self._kept.items()])
+
+    def take_outcomes(self, data: bytes) -> None:
+        """Take up what was kept. Raises ValueError when these bytes are not outcomes."""
+        try:
+            kept = msgspec.msgpack.decode(data, type=list[tuple[str, str, Kept]])
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"no outcomes: {error}") from None
+        self._kept = OrderedDict(((query_id, card), one) for query_id, card, one in kept if card in self.cards)
+
     def to_bytes(self) -> bytes:
-        """For the knowledge base and for planners."""
-        first = [np.asarray(x, "<f4").tobytes() for x in self._first]
+        """For the knowledge base and for planners; without the outcomes kept."""
+        started = [] if self.quality is not None else [np.asarray(x, "<f4").tobytes() for x in self._recent]
         quality = self.quality.to_bytes() if self.quality is not None else b""
-        return msgspec.msgpack.encode(_Stored(VERSION, self.cards, self.judgements, first, quality))
+        return msgspec.msgpack.encode(
+            _Stored(VERSION, self.cards, self.judgements, started, quality, self.topics_from, self.topics_version)
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Learner:
@@ -98,15 +163,23 @@ class Learner:
             raise ValueError(f"a learner of version {stored.version!r}, where {VERSION!r} was expected")
         learner = cls(stored.cards)
         learner.judgements = stored.judgements
-        learner._first = [np.frombuffer(x, "<f4").astype(np.float64) for x in stored.started]
+        learner.topics_version = stored.topics_version
+        learner._recent.extend(np.frombuffer(x, "<f4") for x in stored.started)
         if stored.quality:
             learner.quality = QualityModel.from_bytes(stored.quality)
+            learner.topics_from = stored.topics_from or START
         return learner
+
+    def _outcomes(self, width: int) -> list[Outcome]:
+        """What is kept of the present cards, for features of this width."""
+        index = {card: i for i, card in enumerate(self.cards)}
+        rows = [(kept.embedding, card, kept) for (_, card), kept in self._kept.items() if card in index]
+        return [(x, index[card], kept.score - kept.prior, kept.weight) for x, card, kept in rows if len(x) == width]
 
 
 def first_quality(cards: Sequence[str], first: Array) -> QualityModel:
-    """A model that has learned nothing yet, with topics from the first queries' embeddings [n, d]. Tenths of a second
-    of computing."""
+    """A model that has learned nothing yet, with topics from queries' embeddings [n, d]. Tenths of a second of
+    computing."""
     return QualityModel.start(cards, first)
 
 

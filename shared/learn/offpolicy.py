@@ -1,8 +1,9 @@
 """What another policy would have earned, from decisions logged with their propensities.
 
 Inverse propensity scoring (Horvitz and Thompson 1952), its self-normalised form (Swaminathan and Joachims 2015), and
-doubly robust estimation (Dudik, Langford and Li 2011), which is right if either the propensities or the predictions are
-and has the smallest error here. Intervals are normal, from the influence of each logged decision.
+doubly robust estimation (Dudik, Langford and Li 2011), which is right if either the propensities or the predictions
+are. `shrunk` draws its weights in where they are large (Su, Dimakopoulou, Krishnamurthy and Dudik 2020): a little bias
+for much variance, and the smallest error here. Intervals are normal, from the influence of each logged decision.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ Array = NDArray[np.float64]
 Z95 = 1.96
 MAX_WEIGHT = 50.0
 """Importance weights are cut here: a bias of little, against a variance of much."""
+
+
+SHRINKAGE = 30.0
+"""Weights w become w s / (w^2 + s): small ones stay, and none is above 2.7. Of 1 to 300, 10 and 30 had the smallest
+error for both candidates of the bench (40 logs)."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,17 @@ def doubly_robust(logged: Logged, target: Array, predicted: NDArray[Any]) -> Est
     return _estimate((target * predicted).sum(1) + weight * (logged.reward - predicted[rows, logged.chosen]), weight)
 
 
+def shrunk(logged: Logged, target: Array, predicted: NDArray[Any]) -> Estimate:
+    """Doubly robust with weights drawn in. What that leaves out of the estimate is known as far as the log goes, and
+    widens the interval to each side."""
+    weight = _raw_weights(logged, target)
+    drawn = weight * SHRINKAGE / (weight**2 + SHRINKAGE)
+    residual = logged.reward - predicted[np.arange(len(weight)), logged.chosen]
+    found = _estimate((target * predicted).sum(1) + drawn * residual, drawn)
+    left = abs(float(((weight - drawn) * residual).mean())) if len(weight) else 0.0
+    return Estimate(found.value, found.low - left, found.high + left, found.effective)
+
+
 def gain(logged: Logged, candidate: Array, present: Array, predicted: NDArray[Any]) -> Estimate:
     """Doubly robust estimate of the candidate's advantage over the present policy, both [n, k]: paired, so that what
     the two share cancels."""
@@ -95,9 +112,13 @@ def judge(
     return Verdict(True, found, f"gains at least {found.low:+.4f}")
 
 
-def _weights(logged: Logged, target: Array) -> Array:
+def _raw_weights(logged: Logged, target: Array) -> Array:
     wanted = target[np.arange(len(logged.chosen)), logged.chosen]
-    return np.asarray(np.minimum(wanted / np.maximum(logged.propensity, 1e-12), MAX_WEIGHT))
+    return np.asarray(wanted / np.maximum(logged.propensity, 1e-12))
+
+
+def _weights(logged: Logged, target: Array) -> Array:
+    return np.asarray(np.minimum(_raw_weights(logged, target), MAX_WEIGHT))
 
 
 def _estimate(parts: Array, weight: Array) -> Estimate:

@@ -11,7 +11,7 @@ the model's card promises; it is given with the query and is all there is before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from shared.learn import hierarchy, linear
 from shared.learn.arrays import Packed, pack, unpack
-from shared.learn.topics import CLUSTERS, Topics, clusters, supervised
+from shared.learn.topics import NESTED, Topics, clusters, supervised
 
 Array = NDArray[np.float64]
 
@@ -30,6 +30,8 @@ DETAIL = 0.5
 """Share of the ridge on differences between models that is used. Squared error would have all of it; the choice of the
 best model is made worse by its noise (0.464 and 0.467 without it, 0.466 and 0.466 with half, 0.464
 and 0.464 with all: two cross-validations of two folds)."""
+BEGIN = hierarchy.Prior(own_slope=0.1)
+"""Where nothing has been learned: a model's strengths by topic are believed in less than its level."""
 SWEEPS = 3
 REFIT_EVERY = 100
 """Outcomes between two choices of the prior by evidence,"""
@@ -46,6 +48,10 @@ class Prediction:
     """[n, k]"""
     std: Array
     """[n, k]"""
+
+
+Outcome = tuple[NDArray[Any], int, float, float]
+"""Features [d], index of the model, score less what the card promised, weight (1 unless something was forgotten)."""
 
 
 class QualityModel:
@@ -69,9 +75,15 @@ class QualityModel:
         self.posterior = hierarchy.solve(self.sums, self.prior)
 
     @classmethod
-    def start(cls, models: Sequence[str], x: NDArray[Any], count: int = CLUSTERS) -> QualityModel:
+    def start(
+        cls,
+        models: Sequence[str],
+        x: NDArray[Any],
+        count: int | Sequence[int] = NESTED,
+        prior: hierarchy.Prior = BEGIN,
+    ) -> QualityModel:
         """Before any outcome: topics from the features [n, d] of queries alone."""
-        return cls(models, clusters(x, count))
+        return cls(models, clusters(x, count), prior=prior)
 
     @classmethod
     def fit(
@@ -129,21 +141,36 @@ class QualityModel:
         weights = mean + spread * (self.posterior.sample(normal) - mean)
         return np.asarray(np.einsum("np,skp->snk", self.topics.encode(x), weights) + self._offset(x, prior))
 
+    def shape(self, draws: int) -> tuple[int, int, int]:
+        """Of the standard normals that `sample` takes for so many draws."""
+        return draws, len(self.models) + 1, self.topics.size
+
     def update(self, x: NDArray[Any], model: int, score: float, prior: float = 0.0) -> None:
         """One outcome of the model with this index: x [d]."""
-        row = np.asarray(x)[None, :]
-        offset = prior + (float(self._offset(row, None)[0, model]) if self._detail is not None else 0.0)
-        self.sums.add(self.topics.encode(row)[0], model, score - offset)
+        self._add(x, model, score - prior, 1.0)
         self._since += 1
         if self._since >= REFIT_EVERY and self.sums.count.sum() >= REFIT_FROM:
             self.prior = hierarchy.choose_prior(self.sums, self.prior)
             self._since = 0
         self.posterior = hierarchy.solve(self.sums, self.prior)
 
+    def withdraw(self, x: NDArray[Any], model: int, score: float, prior: float = 0.0, weight: float = 1.0) -> None:
+        """Take back an outcome that was given to `update`; `weight` is what it counts by now (`forget`)."""
+        self._add(x, model, score - prior, -weight)
+        self.posterior = hierarchy.solve(self.sums, self.prior)
+
     def forget(self, model: int, keep: float) -> None:
         """A model has changed: what is known of it counts `keep` (0 to 1) of what it did."""
         self.sums.scale(model, keep)
         self.posterior = hierarchy.solve(self.sums, self.prior)
+
+    def with_topics(self, topics: Topics, outcomes: Iterable[Outcome]) -> QualityModel:
+        """The same models and prior over other topics, with what these outcomes say."""
+        fresh = QualityModel(self.models, topics, prior=self.prior)
+        for x, model, over, weight in outcomes:
+            fresh._add(x, model, over, weight)
+        fresh.posterior = hierarchy.solve(fresh.sums, fresh.prior)
+        return fresh
 
     def with_models(self, models: Sequence[str]) -> QualityModel:
         """The same knowledge for another list of models: new ones begin at the level that all share."""
@@ -169,7 +196,9 @@ class QualityModel:
         if self._detail is not None:
             arrays |= {"detail_centre": self._detail[0], "detail_weights": self._detail[1]}
         return msgspec.msgpack.encode(
-            _Stored(VERSION, self.models, self.topics.temperature, self.prior, self._since, pack(arrays))
+            _Stored(
+                VERSION, self.models, self.topics.temperature, self.prior, self._since, pack(arrays), self.topics.parts
+            )
         )
 
     @classmethod
@@ -180,7 +209,7 @@ class QualityModel:
             if stored.version != VERSION:
                 raise ValueError(f"a quality model of version {stored.version!r}, where {VERSION!r} was expected")
             a = unpack(stored.arrays)
-            topics = Topics(a["centre"], a["weights"], a["level"], stored.temperature, a["mean"])
+            topics = Topics(a["centre"], a["weights"], a["level"], stored.temperature, a["mean"], stored.parts)
             sums = hierarchy.Sums(a["zz"], a["zy"], a["yy"], a["count"])
             detail = (a["detail_centre"], a["detail_weights"]) if "detail_centre" in a else None
         except (msgspec.MsgspecError, KeyError) as error:
@@ -188,6 +217,12 @@ class QualityModel:
         model = cls(stored.models, topics, sums, stored.prior, detail)
         model._since = stored.since
         return model
+
+    def _add(self, x: NDArray[Any], model: int, over: float, weight: float) -> None:
+        row = np.asarray(x)[None, :]
+        if self._detail is not None:
+            over -= float(self._offset(row, None)[0, model])
+        self.sums.add(self.topics.encode(row)[0], model, over, weight)
 
     def _offset(self, x: NDArray[Any], prior: NDArray[Any] | None) -> Array:
         """[n, k]: what does not come from the sums."""
@@ -204,6 +239,7 @@ class _Stored(msgspec.Struct, frozen=True):
     prior: hierarchy.Prior
     since: int
     arrays: dict[str, Packed]
+    parts: tuple[int, ...] = ()
 
 
 def _directions(y: NDArray[Any]) -> Array:

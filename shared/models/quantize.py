@@ -96,7 +96,8 @@ def int4_symmetric(weights: Floats) -> Int4:
     blocks = weights.reshape(-1, size)
     low, high = blocks.min(-1), blocks.max(-1)
     extreme = np.where(-low > high, low, high)
-    best, least = np.full(low.shape, 1e-8, np.float32), np.full(low.shape, np.inf, np.float32)
+    best: Floats = np.full(low.shape, 1e-8, np.float32)
+    least = np.full(low.shape, np.inf, np.float32)
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8):
         scale = np.where(extreme != 0, extreme * (shrink / -8.0), 1e-8).astype(np.float32)
         _, error = _rounded(blocks, scale, -8.0 * scale)

@@ -172,3 +172,32 @@ async def test_golden_probes_are_asked_of_a_quarantined_card_and_judged(bus: Bus
         assert base._trust.standings["alpha"].probed == 1.0
     finally:
         await monitor.stop()
+
+
+async def test_a_judgement_given_again_takes_the_place_of_the_first_across_a_restart_too(
+    bus: Bus, settings: Settings
+) -> None:
+    """The knowledge owner restarts between an answer's two judgements: it is still learned from once."""
+    monitor = await start_monitor(settings, Store("small"))
+    view = ControlView(bus)
+    await view.start()
+    try:
+        for i in range(60):
+            await answer(bus, i, "alpha", 0.5)
+        await recorded(monitor, 60)
+        for i in range(60):
+            await judge(bus, i, 1.0)
+        await told(view, 60)
+    finally:
+        await monitor.stop()
+    again = await start_monitor(settings, Store("small"), "two")
+    try:
+        await answer(bus, 60, "alpha", 0.5)
+        for i in (7, 7, 60):  # the last is new: once it is told, so are those before it
+            await judge(bus, i, 0.0)
+        _, learner = await told(view, 61)
+        assert learner.judgements == 61
+        assert learner.quality is not None
+        assert learner.quality.sums.count.sum() == pytest.approx(61.0)
+    finally:
+        await again.stop()

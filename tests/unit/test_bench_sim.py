@@ -12,7 +12,9 @@ import pytest
 import bench.sim.__main__ as command
 from bench.profiles import fit, read
 from bench.sim import arrivals
+from bench.sim.budget import RUNGS, Budgeted
 from bench.sim.data import Trace, load_outcomes
+from bench.sim.policies import Spending
 from services.simulator.fleet import build, load_fleet
 from shared.errors import DataInvalid
 
@@ -107,6 +109,51 @@ def test_an_energy_budget_is_kept_and_more_of_it_buys_quality(files: dict[str, P
     assert low["energy_ratio"] < 0.25
     assert low["energy_ratio"] < high["energy_ratio"] < 0.75
     assert high["accuracy"] >= low["accuracy"] - 0.02
+
+
+class _Priced:
+    """A router whose queries cost what it says."""
+
+    def __init__(self, model: int) -> None:
+        self.model = model
+        self.observed: list[int] = []
+
+    def route(self, i: int, now: float, fleet: object) -> tuple[int, int]:
+        return self.model, -1
+
+    def after(self, i: int, model: int, attempt: int, now: float, fleet: object) -> int:
+        return -1
+
+    def observe(self, i: int, model: int, latency_s: float, energy_j: float, now: float) -> None:
+        self.observed.append(i)
+
+
+@pytest.mark.parametrize("off", [0.8, 1.0, 1.15])
+def test_a_budget_is_kept_though_prices_are_off(off: float) -> None:
+    """Rungs that really spend 0.8 to 1.15 of what is expected, eight queries in flight: the joules come to the budget,
+    and every query ends where it began."""
+    rng, n = np.random.default_rng(0), 3000
+    rungs = [_Priced(r) for r in range(len(RUNGS))]
+    budgeted = Budgeted(rungs, RUNGS, np.full(n, 50.0))
+    spent, flying = 0.0, []
+    for i in range(n):
+        rung, _ = budgeted.route(i, 0.0, None)  # type: ignore[arg-type]
+        flying.append((i, rung))
+        if len(flying) > 8 or i == n - 1:
+            ended, chosen = flying.pop(0)
+            joules = 50.0 * RUNGS[chosen] * off * rng.exponential()
+            spent += joules
+            budgeted.observe(ended, chosen, 1.0, joules, 0.0)
+            assert rungs[chosen].observed[-1] == ended
+    assert spent / (n - 8) == pytest.approx(50.0, rel=0.03)
+
+
+def test_the_least_price_that_keeps_a_budget_is_found_between_those_tried() -> None:
+    spent = Spending(np.array([0.1, 1.0, 10.0]), np.array([0.9, 0.5, 0.1]))
+    assert spent.weight(0.5) == pytest.approx(1.0)
+    assert 1.0 < spent.weight(0.3) < 10.0
+    assert spent.weight(2.0) == pytest.approx(0.1), "more than is ever spent costs nothing more"
+    assert spent.weight(0.01) == pytest.approx(10.0)
 
 
 def test_what_cannot_be_used_is_said(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from shared.learn import bandit, offpolicy
 from shared.learn.cascade import KEEP, Cascade, Plan, play
 from shared.learn.quality import QualityModel
+from shared.learn.readable import ReadableQuality
+from shared.learn.topics import clusters
 
 Array = NDArray[np.float64]
 
@@ -160,6 +162,54 @@ def test_choices_come_as_often_as_their_propensity_says() -> None:
     assert all(c.propensity == shares[c.model] for c in drawn)
 
 
+@given(st.lists(st.integers(0, 32), min_size=2, max_size=8), st.floats(0.0, 1.0), st.floats(0.0, 0.5))
+def test_challengers_get_their_share_and_probabilities_add_up(wins: list[int], duel: float, least: float) -> None:
+    """Top-two sampling in closed form is a distribution; who wins no draw, or few, is not asked."""
+    share = np.array(wins, float) / max(sum(wins), 1) if any(wins) else np.full(len(wins), 1.0 / len(wins))
+    found = bandit.challenged(share, duel, least)
+    assert found.sum() == pytest.approx(1.0)
+    assert (found >= 0.0).all()
+    if (share >= least).any():
+        assert (found[share < least] == 0.0).all()
+    assert (found[share == 0.0] == 0.0).all()
+
+
+def test_challenging_is_drawing_until_another_wins() -> None:
+    share, rng = np.array([0.6, 0.3, 0.1]), np.random.default_rng(0)
+    counts = np.zeros(3)
+    for _ in range(20_000):
+        winner = rng.choice(3, p=share)
+        if rng.random() < 0.5:
+            first = winner
+            while winner == first:
+                winner = rng.choice(3, p=share)
+        counts[winner] += 1
+    np.testing.assert_allclose(bandit.challenged(share, 0.5), counts / 20_000, atol=0.015)
+
+
+def test_what_cannot_be_read_is_learned_without_a_judgement() -> None:
+    """Two models whose readable answers are equally good; one rambles on one kind of query, and nobody judges that."""
+    x, _ = kinds(600, 0)
+    rng = np.random.default_rng(1)
+    model = ReadableQuality.start(("plain", "rambling"), clusters(x, (2, 4)))
+    before = model.predict(x[:1])
+    for row in range(600):
+        asked = row % 2
+        readable = asked == 0 or x[row, 0] < 0.5 or rng.random() < 0.4
+        model.heard(x[row], asked, readable)
+        if readable and row % 5 < 2:
+            model.judged(x[row], asked, float(rng.random() < 0.5))
+    wanted, _ = kinds(200, 2)
+    mean = model.predict(wanted).mean
+    rambles = wanted[:, 0] > 0.5
+    assert mean[rambles, 1].mean() < 0.6 * mean[rambles, 0].mean()
+    assert (mean[rambles, 1] < mean[rambles, 0]).all()
+    assert abs(mean[~rambles, 1].mean() - mean[~rambles, 0].mean()) < 0.15
+    assert model.predict(x[:1]).std.mean() < before.std.mean()
+    choice = bandit.distribution(model, wanted[rambles][0], rng.standard_normal(bandit.shape_of(model)))
+    assert choice[0] > 0.9
+
+
 def logs(n: int, seed: int) -> tuple[offpolicy.Logged, Array, Array, Array]:
     """A log of a uniform policy, the candidate (mostly the best), the present policy, and the true chances."""
     chance = kinds(n, seed)[1]
@@ -187,6 +237,31 @@ def test_estimates_hold_the_truth_as_often_as_they_say() -> None:
         widths += [e.high - e.low for e in found]
     assert (held >= 88).all(), held
     assert widths[2] < widths[1] < widths[0], "predictions that are right make the interval narrower"
+
+
+def test_drawing_weights_in_makes_the_error_smaller_where_they_are_large() -> None:
+    """A log that seldom shows what the candidate wants, predictions that are nearly right: `shrunk` is nearer."""
+    errors: dict[str, list[float]] = {"plain": [], "shrunk": []}
+    for seed in range(60):
+        chance = kinds(500, seed)[1]
+        rng = np.random.default_rng(seed + 1)
+        present = np.full((500, 3), 0.02) + 0.94 * np.eye(3)[chance.argmin(1)]
+        chosen = (present.cumsum(1) > rng.random((500, 1))).argmax(1)
+        reward = (rng.random(500) < chance[np.arange(500), chosen]).astype(float)
+        logged = offpolicy.Logged(chosen, present[np.arange(500), chosen], reward)
+        candidate = 0.1 / 3 + 0.9 * np.eye(3)[chance.argmax(1)]
+        truth = float((candidate * chance).sum(1).mean())
+        plain = offpolicy.doubly_robust(logged, candidate, chance - 0.02)
+        drawn = offpolicy.shrunk(logged, candidate, chance - 0.02)
+        errors["plain"].append(abs(plain.value - truth))
+        errors["shrunk"].append(abs(drawn.value - truth))
+    assert np.mean(errors["shrunk"]) < 0.7 * np.mean(errors["plain"])
+
+
+def test_drawing_weights_in_changes_little_where_they_are_small() -> None:
+    logged, candidate, _, chance = logs(1500, 5)
+    plain, drawn = (how(logged, candidate, chance) for how in (offpolicy.doubly_robust, offpolicy.shrunk))
+    assert drawn.value == pytest.approx(plain.value, abs=0.02)
 
 
 def test_only_a_certain_gain_is_promoted() -> None:

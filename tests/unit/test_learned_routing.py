@@ -13,7 +13,7 @@ from services.planner.decide import objectives, routing
 from services.planner.decide.learned import Learned
 from shared import messages as m
 from shared.errors import InvalidObjective
-from shared.learn.live import START, Learner, first_quality, pieces
+from shared.learn.live import RENEW, START, Learner, first_quality, pieces
 from tests import samples
 
 SPEC_A, SPEC_B = samples.spec("a-int8"), samples.spec("b-int8")
@@ -142,3 +142,79 @@ def test_clearing_and_setting_the_same_objective_is_refused() -> None:
     asked = m.Control(action="set", objectives=m.Objectives(latency_p95_s=1.0), clear=["latency_p95_s"])
     with pytest.raises(InvalidObjective, match="both"):
         objectives.change(None, asked, {"alpha"}, 0.0)
+
+
+def begun(width: int = 4) -> Learner:
+    """A learner whose topics have been made."""
+    learner, draw = Learner(list(CARDS)), np.random.default_rng(0)
+    made = [first for _ in range(START) if (first := learner.seen(draw.normal(0.0, 1.0, width))) is not None]
+    learner.begin(first_quality(learner.cards, made[0]))
+    return learner
+
+
+def means(learner: Learner, x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
+    assert learner.quality is not None
+    return learner.quality.predict(x[None]).mean[0].tolist()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["alpha", "beta"]), st.integers(0, 1)), max_size=30))
+def test_a_second_judgement_of_an_answer_takes_the_place_of_the_first(given: list[tuple[int, str, int]]) -> None:
+    """However often answers are judged, what is known is what their last judgements say."""
+    queries = np.random.default_rng(1).normal(0.0, 1.0, (6, 4))
+    often, once = begun(), begun()
+    for i, card, score in given:
+        assert often.judged(card, queries[i], 0.5, float(score), f"q{i}")
+    for (i, card), score in {(i, card): score for i, card, score in given}.items():
+        assert once.judged(card, queries[i], 0.5, float(score), f"q{i}")
+    assert means(often, queries[0]) == pytest.approx(means(once, queries[0]), abs=1e-9)
+    assert often.judgements == once.judgements
+
+
+def test_a_judgement_changed_after_the_card_did_takes_back_only_what_still_counts() -> None:
+    learner, plain = begun(), begun()
+    for one in (learner, plain):
+        for i in range(5):
+            one.judged("alpha", X, 0.5, 1.0, f"q{i}")
+        one.changed("alpha", 0.1)
+    learner.judged("alpha", X, 0.5, 1.0, "q0")
+    assert plain.quality is not None
+    assert learner.quality is not None
+    counts = [one.quality.sums.count[0] for one in (plain, learner)]  # type: ignore[union-attr]
+    assert counts == pytest.approx([0.5, 0.4 + 1.0])
+
+
+def test_topics_are_made_anew_from_more_queries_and_what_was_learned_is_learned_again() -> None:
+    """The first queries are all of one kind; topics from them cannot tell the two kinds that come later."""
+    draw = np.random.default_rng(3)
+    kinds = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    learner = Learner(list(CARDS))
+    made: list[int] = []
+    for i in range(RENEW[0]):
+        kind = 0 if i < START else i % 2
+        x = kinds[kind] + draw.normal(0.0, 0.05, 4)
+        if (first := learner.seen(x)) is not None:
+            made.append(len(first))
+            learner.begin(first_quality(learner.cards, first))
+        if learner.quality is not None:
+            card = ("alpha", "beta")[i // 2 % 2]
+            learner.judged(card, x, 0.5, float((card == "alpha") == (kind == 0)), f"q{i}")
+    assert made == [START, RENEW[0]]
+    assert learner.topics_version == 2
+    again = Learner.from_bytes(learner.to_bytes())
+    again.take_outcomes(learner.outcomes_to_bytes())
+    for one in (learner, again):
+        assert [int(np.argmax(means(one, x))) for x in kinds] == [0, 1]
+        assert one.knows("q100", "alpha") or one.knows("q100", "beta")
+    with pytest.raises(ValueError, match="outcomes"):
+        again.take_outcomes(b"nonsense")
+
+
+def test_outcomes_of_a_card_that_leaves_are_not_taken_back_when_it_returns() -> None:
+    learner = begun()
+    learner.judged("beta", X, 0.5, 1.0, "q1")
+    learner.use(["alpha"])
+    learner.use(["alpha", "beta"])
+    assert not learner.knows("q1", "beta")
+    learner.judged("beta", X, 0.5, 0.0, "q1")
+    assert learner.quality is not None
+    assert learner.quality.sums.count[1] == 1.0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.planner.decide import residency
-from services.planner.decide.residency import Action, Demand, Pending, Plan
+from services.planner.decide.residency import Action, Demand, Forecast, Pending, Plan
 from shared import messages as m
 from tests import samples
 from tests.samples import GB, spec, worker
@@ -100,6 +102,37 @@ def test_more_queries_than_slots_bring_a_replica() -> None:
     assert _what(_plan(workers, {A.name: Demand(waiting=6)})) == [("load", "w2", A.name, "replica")]
     only = [worker("w1", engines=[engine(A, active=4)])]
     assert _plan(only, {A.name: Demand(waiting=60)}).actions == ()
+
+
+def test_work_beyond_one_engine_brings_a_replica_before_queries_wait() -> None:
+    """With a forecast: nobody waits yet, but arrivals bring more than one engine can do; what is idle makes room."""
+    forecast = Forecast(artifacts={A.name: 0, B.name: 1}, utilities=np.zeros((0, 2)), rates=np.zeros(0))
+
+    def reasons(work: float, at: float = NOW) -> list[tuple[str, str, str, str]]:
+        workers = [worker("w1", engines=[engine(A, active=1)]), worker("w2", engines=[engine(B, loaded_at=NOW - 60.0)])]
+        return _what(
+            residency.plan(
+                workers=workers, specs=SPECS, pinned=frozenset(), popularity={}, load_s={}, pending=(), policy=POLICY,
+                demand={A.name: Demand(waiting=1, rate=1.0, rate_at=at, work=work)}, held_back=frozenset(), now=NOW,
+                forecast=forecast,
+            )
+        )  # fmt: skip
+
+    assert reasons(0.7) == []
+    assert [r for r in reasons(0.9) if r[0] == "load"] == [("load", "w2", A.name, "replica")]
+    assert reasons(0.9, at=NOW - 240.0) == []  # it has decayed to a quarter
+    assert reasons(1.7) == reasons(0.9)  # one at a time, and no worker is left for a third
+
+
+def test_work_is_what_a_full_batch_spends_on_a_query() -> None:
+    """Ten queries a second of a tenth of a second each are one engine's time."""
+    one = residency.work_of(prefill_s=0.05, tokens_out=100, tpot_s=0.01, slope=0.25, slots=5)
+    assert one == pytest.approx(0.05 + 100 * 0.01 * 2.0 / 5)
+    demand = Demand()
+    for i in range(4000):
+        demand = residency.arrived(demand, i * 0.1, work_s=0.1)
+    assert demand.work == pytest.approx(1.0, rel=0.15)
+    assert residency.decayed_work(demand, 399.9 + residency.RATE_HALF_LIFE_S) == pytest.approx(demand.work / 2)
 
 
 def test_a_new_worker_warms_up_with_what_is_likely_to_be_asked_for() -> None:

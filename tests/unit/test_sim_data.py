@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,15 @@ def test_a_split_loses_nothing(tmp_path: Path) -> None:
             assert all(half_of(i) == half for i in part.ids)
             rows = [whole.ids.index(i) for i in part.ids]
             np.testing.assert_array_equal(part.score, whole.take(rows).only(part.models).score)
+
+
+def test_a_split_by_share_gives_about_that_share_and_halves_are_as_they_were() -> None:
+    parts = [half_of(f"q{i}", share=0.8) for i in range(4000)]
+    assert sum(part == 0 for part in parts) == pytest.approx(3200, abs=100)
+    halves = [half_of(f"q{i}", "salt") for i in range(200)]
+    assert halves == [hashlib.sha256(f"saltq{i}".encode()).digest()[0] & 1 for i in range(200)]
+    with pytest.raises(DataInvalid, match="share"):
+        split(Path("nowhere"), (Path("a"), Path("b")), share=1.0)
 
 
 def recorded(tmp_path: Path, n: int = 240) -> tuple[learned.Outcomes, np.ndarray]:

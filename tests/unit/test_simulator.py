@@ -193,3 +193,21 @@ def test_what_is_resident_from_the_start_may_make_room_at_once() -> None:
     sim = Simulation(_fleet(room=1), _work([0.0]), FixedRouter(np.array([0])), Fixed())
     assert sim.place(0, 0)
     assert sim.engines[0][0].since == float("-inf")
+
+
+def test_a_model_that_one_engine_cannot_serve_gets_a_second_worker_ahead_of_the_queue() -> None:
+    """Two workers, all queries for one model, arriving a little faster than one engine serves with full batches."""
+    arrival_s = np.arange(400) * 0.3
+    work = _work(arrival_s.tolist(), models=2)
+
+    def run(options: Options) -> Result:
+        fleet = _fleet(models=2, workers=2, room=1)
+        keeper = Planned(lambda _i, model: np.eye(2)[model], [0.0] * 2, arrival_s, order=(), options=options)
+        sim = Simulation(fleet, work, FixedRouter(np.zeros(400, int)), keeper)
+        sim.place(0, 0)
+        sim.place(1, 1)
+        return sim.run()
+
+    result = run(Options(min_residence_s=1.0))
+    assert result.loads == 1
+    assert result.latency_s[200:].mean() < 3.0  # one engine: service of 0.525 s for each, and the queue grows for ever

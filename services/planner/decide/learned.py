@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shared import messages as m
 from shared.learn.live import Learner
+from shared.learn.live_length import Lengths
 
 Array = NDArray[Any]
 Terms = list[dict[str, float]]
@@ -23,6 +24,10 @@ class Learned:
     learner: Learner | None = None
     version: int = 0
     standings: Mapping[str, m.CardStanding] = field(default_factory=dict)
+    lengths: Lengths | None = None
+    """Learned output tokens of answers,"""
+    lengths_version: int = 0
+    """and their version."""
 
     def quarantined(self, card: str) -> bool:
         standing = self.standings.get(card)
@@ -31,6 +36,15 @@ class Learned:
     def scale(self, card: str) -> float:
         standing = self.standings.get(card)
         return standing.scale if standing is not None else 1.0
+
+
+def tokens_out(learned: Learned, profile: m.Profile, cards: Sequence[m.Card], otherwise: Array) -> Array:
+    """[k] output tokens expected of each card for a query; `otherwise` [k] where little has been learned."""
+    if learned.lengths is None or not profile.embedding:
+        return otherwise
+    x = np.frombuffer(profile.embedding, "<f4").astype(np.float64)
+    found = learned.lengths.expected(x, [card.name for card in cards])
+    return np.where(np.isnan(found), otherwise, found)
 
 
 def predict(

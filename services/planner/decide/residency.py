@@ -4,7 +4,8 @@ One pass, in order (the numbers stand in the code too):
 
 1. An artifact with waiting queries, held or being loaded nowhere, is needed; so is a pinned one. The longest
    wait comes first.
-2. An artifact whose holders have fewer slots than queries waiting and running gets a replica.
+2. An artifact whose holders have fewer slots than queries waiting and running gets a replica; with a forecast, so does
+   one whose arrivals bring more work than `FULL` of what its holders can do, before queries have to wait.
 3. A new worker that holds nothing takes the artifact most likely to be asked for (warm start).
 4. A needed artifact goes to the worker where it costs least: free memory first, else the set of victims with the
    smallest value. A victim is ready, not pinned, past its minimum residence, and has no queries of its own,
@@ -36,6 +37,8 @@ from shared import messages as m
 RATE_HALF_LIFE_S = 120.0
 CANDIDATES = 4
 """Artifacts, and workers for each, that an exchange is worked out for in full."""
+FULL = 0.8
+"""Work that one engine is planned for, as a share of its time: beyond it queues grow faster than batches gain."""
 WARM_START_S = 30.0
 """A worker older than this is empty for a reason (idle eviction), and stays so until there is demand."""
 
@@ -51,6 +54,8 @@ class Demand:
     rate: float = 0.0
     """Arrivals per second, exponentially decayed."""
     rate_at: float = 0.0
+    work: float = 0.0
+    """Engine-seconds a second that arrivals bring, decayed like `rate`; 1 keeps one engine busy with full batches."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,29 @@ class _Room:
         return self.untouched and not self.leaving and all(e.state == "ready" for e in self.state.engines)
 
 
-def arrived(demand: Demand, now: float, count: int = 1) -> Demand:
-    """The demand after `count` further arrivals: rate decays with a half-life of `RATE_HALF_LIFE_S`."""
+def arrived(demand: Demand, now: float, count: int = 1, work_s: float = 0.0) -> Demand:
+    """The demand after `count` further arrivals of `work_s` each (`work_of`): rate and work decay with a half-life of
+    `RATE_HALF_LIFE_S`."""
     kept = decayed_rate(demand, now)
+    weight = math.log(2.0) / RATE_HALF_LIFE_S
     return Demand(
         waiting=demand.waiting + count,
         waiting_since=demand.waiting_since,
-        rate=kept + count * math.log(2.0) / RATE_HALF_LIFE_S,
+        rate=kept + count * weight,
         rate_at=now,
+        work=decayed_work(demand, now) + count * work_s * weight,
     )
+
+
+def work_of(*, prefill_s: float, tokens_out: float, tpot_s: float, slope: float, slots: int) -> float:
+    """Seconds of an engine that runs full batches which one query takes: reading holds all up, and of a step there is
+    a share for each slot."""
+    return prefill_s + tokens_out * tpot_s * (1.0 + slope * (slots - 1)) / slots
+
+
+def decayed_work(demand: Demand, now: float) -> float:
+    """Engine-seconds a second as of now."""
+    return demand.work * math.exp2(-max(now - demand.rate_at, 0.0) / RATE_HALF_LIFE_S)
 
 
 def decayed_rate(demand: Demand, now: float) -> float:
@@ -335,13 +354,16 @@ def _needs(context: _Pass) -> list[tuple[str, str]]:
 
 
 def _short_of_slots(context: _Pass) -> list[str]:
-    short: list[tuple[int, str]] = []
+    """Artifacts that need one more engine, those that lack most first."""
+    short: list[tuple[float, str]] = []
     for artifact, demand in context.demand.items():
         spec = context.specs.get(artifact)
         holders = [room.state.device for room in context.rooms if artifact in room.holds]
         if spec is None or not holders:
             continue
-        lacking = demand.waiting - sum(spec.at_once(device) for device in holders)
+        lacking = float(demand.waiting - sum(spec.at_once(device) for device in holders))
+        if context.forecast is not None:
+            lacking = max(lacking, (decayed_work(demand, context.now) / FULL - len(holders)) * spec.slots)
         if lacking > 0:
             short.append((-lacking, artifact))
     return [artifact for _, artifact in sorted(short)]

@@ -88,6 +88,7 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         propensity=propensity,
         knowledge_version=state.qos.version,
         learned_version=state.learned.version if state.learned is not None else 0,
+        lengths_version=state.learned.lengths_version if state.learned is not None else 0,
         domains=analyzed.profile.domains,
         decided_at=now,
         planner=state.planner,
@@ -145,6 +146,8 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
     in_of = {spec.model: profile.tokens_in.get(spec.model, profile.prompt_chars // 4) for spec in standing.specs}
     tokens_in = np.array([in_of[card.artifact.model] for card in cards], np.float64)
     expected = np.where(np.isnan(standing.tokens_mean), profile.tokens_out, standing.tokens_mean)
+    if state.learned is not None:
+        expected = learning.tokens_out(state.learned, profile, cards, expected)
     room = np.maximum(standing.context - tokens_in, 0.0)
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
     if state.learned is not None:  # 4
@@ -242,7 +245,8 @@ def _explain(
             "load_j", "u_quality", "u_latency", "u_energy", "u_crowding", "u_burden",
         )
     ]  # fmt: skip
-    result = []
+    limits, result = query.constraints, []
+    limited = limits.min_quality is not None or limits.max_latency_s is not None or limits.max_energy_j is not None
     for k, row in enumerate(zip(*columns, strict=True)):
         card, excluded = cards[k], outside[k]
         if excluded:
@@ -256,7 +260,8 @@ def _explain(
         result.append(
             m.Candidate(
                 card=card.name, artifact=card.artifact.name, worker=names[worker],
-                excluded=_over_limit(query.constraints, q[k], latency, energy, load + prefill, left_s),  # 5
+                excluded=_over_limit(limits, q[k], latency, energy, load + prefill, left_s)  # 5
+                if limited or load + prefill > left_s else None,
                 quality=q[k], latency_s=latency, energy_j=energy, utility=u,
                 terms={
                     **terms[k], "tokens_in": tokens_in[k], "tokens_out": tokens_out[k], "queue_s": queue,

@@ -88,6 +88,7 @@ class Fleet:
         self.costs = costs
         self.slots = np.asarray(slots, np.float64)
         self.fits = np.asarray(fits, bool)
+        self.rows = np.arange(len(self.artifacts))
         self.shared = tuple(shared) or (True,) * len(self.workers)
         self.joint = joint
         self.crowds = crowding
@@ -118,7 +119,7 @@ class Fleet:
         ready: bool,
         active: int,
         waiting: int,
-        busy_engines: int = 0,
+        busy_engines: float = 0.0,
         ready_at: float | None = None,
         delay_s: float = 0.0,
         burden: float = 0.0,
@@ -131,7 +132,7 @@ class Fleet:
             ready: an engine holds it and takes work.
             active: sequences running on it there.
             waiting: queries in its queue that this worker will have to serve.
-            busy_engines: other engines at work on the same device.
+            busy_engines: other engines at work on the same device, for each that it runs at once.
             ready_at: when a load under way ends, in the clock of `score`; None when none is.
             delay_s: before a load could begin (victims drain).
             burden: utility that others lose by a load here.
@@ -296,7 +297,9 @@ def score(
         now: the clock in which loads under way were told.
     """
     fleet.clock(now)
-    costs, a = fleet.costs, artifact_of
+    costs = fleet.costs
+    alike = len(artifact_of) == len(fleet.artifacts) and bool((artifact_of == fleet.rows).all())
+    a: Any = slice(None) if alike else artifact_of  # a card for each artifact, in order: nothing need be copied
     t_in, t_out = np.asarray(tokens_in, np.float64)[:, None], np.asarray(tokens_out, np.float64)[:, None]
     prefill = costs.prefill_s[a] * t_in
     decode = fleet.step_s[a] * t_out
@@ -314,7 +317,9 @@ def score(
         broken = (latency > limits.max_latency_s) | (energy > limits.max_energy_j)
         broken |= fleet.load_s[a] + prefill > limits.left_s
         best = np.argmin(np.where(broken, lost + BROKEN, lost), axis=1)
-    rows = np.arange(len(a))
+    rows = np.arange(len(artifact_of))
+    if alike:
+        a = rows
     own = np.asarray(quality, np.float64) * weights.w_quality
     load_s, wait_s = fleet.load_s[a, best], fleet.wait_s[a, best]
     worst = lost[rows, best]

@@ -1,0 +1,254 @@
+"""Asks a running system, keeps what came of each query, and measures what its models cost alone on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import nats
+import numpy as np
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from bench.system import running
+from services.planner.decide import cost
+from services.simulator.engine import Simulation, Workload
+from services.simulator.fleet import SimFleet, SimModel
+from services.simulator.profile import UnitCosts
+from services.simulator.residency import Fixed
+from services.simulator.routers import Fixed as Always
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus
+from shared.settings import Settings
+from shared.views import FleetView, ModelsView
+
+HIT_S = 0.05
+"""An answer that waited less than this for its model found it resident."""
+BURST = 6
+"""Queries at once, to see what a batch costs."""
+MOST_BESIDE = 4.0
+
+
+@dataclass
+class Live:
+    """What became of queries, by id."""
+
+    at: dict[str, float] = field(default_factory=dict)
+    latency: dict[str, float] = field(default_factory=dict)
+    answer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    route: dict[str, m.Route] = field(default_factory=dict)
+    preference: dict[str, m.Preference] = field(default_factory=dict)
+    operations: list[m.Operation] = field(default_factory=list)
+    """Loads and evictions, as they ended."""
+
+
+class Asker:
+    """Asks and listens on one connection."""
+
+    def __init__(self, nc: Client, max_tokens: int) -> None:
+        self._nc, self._max_tokens = nc, max_tokens
+        self._inbox = nc.new_inbox()
+        self.live = Live()
+        self._ended: dict[str, asyncio.Event] = {}
+
+    async def start(self) -> None:
+        await self._nc.subscribe(f"{self._inbox}.*", cb=self._on_answer)
+        await self._nc.subscribe(subjects.DECISION_ROUTE, cb=self._on_route)
+        await self._nc.subscribe(subjects.JOURNAL_OPERATION, cb=self._on_operation)
+
+    async def ask(self, prompt: str, model: str | None = None, preference: m.Preference | None = None) -> str:
+        """Publish a query; its id."""
+        query_id = uuid.uuid4().hex
+        query: dict[str, Any] = {"prompt": prompt, "max_tokens": self._max_tokens, "deadline_s": 300, "id": query_id}
+        if model is not None:
+            query["model"] = model
+        if preference is not None:
+            query["preference"] = msgspec.to_builtins(preference)
+            self.live.preference[query_id] = preference
+        self._ended[query_id] = asyncio.Event()
+        self.live.at[query_id] = time.perf_counter()
+        await self._nc.publish("calm.query", json.dumps(query).encode(), reply=f"{self._inbox}.{query_id}")
+        return query_id
+
+    async def ended(self, query_id: str) -> None:
+        async with asyncio.timeout(320):
+            await self._ended[query_id].wait()
+
+    async def alone(self, prompt: str, model: str | None = None) -> str:
+        """Ask, and wait for the answer."""
+        query_id = await self.ask(prompt, model)
+        await self.ended(query_id)
+        return query_id
+
+    async def together(self, prompts: Sequence[str], model: str) -> list[str]:
+        """Ask all at once, and wait for all."""
+        ids = [await self.ask(prompt, model) for prompt in prompts]
+        await asyncio.gather(*(self.ended(i) for i in ids))
+        return ids
+
+    async def _on_answer(self, message: Msg) -> None:
+        query_id, body = message.subject.rsplit(".", 1)[1], json.loads(message.data)
+        if body["type"] == "answer.v1":
+            self.live.latency[query_id] = time.perf_counter() - self.live.at[query_id]
+            self.live.answer[query_id] = body
+        if body["type"] != "chunk.v1":
+            self._ended[query_id].set()
+
+    async def _on_route(self, message: Msg) -> None:
+        route = codec.unpack(message.data, m.Route)
+        self.live.route[route.query_id] = route
+
+    async def _on_operation(self, message: Msg) -> None:
+        self.live.operations.append(codec.unpack(message.data, m.Operation))
+
+
+@dataclass(frozen=True)
+class System:
+    """A running system, to ask and to look at."""
+
+    asker: Asker
+    models: ModelsView
+    fleet: FleetView
+    nc: Client
+
+    async def qos(self) -> m.Qos:
+        """What it has learned so far."""
+        return msgspec.json.decode((await self.nc.request("calm.knowledge.qos", b"{}", timeout=5)).data, type=m.Qos)
+
+
+@asynccontextmanager
+async def system(workers: int, fleet: str, memory: str, max_tokens: int) -> AsyncIterator[System]:
+    """Start it as a user would, and stop it again."""
+    async with running(workers=workers, fleet=fleet, memory=memory) as url:
+        nc = await nats.connect(url)
+        bus = await Bus.connect(replace(Settings.from_env(), nats_url=url), "bench-live")
+        try:
+            models, seen = ModelsView(bus), FleetView(bus)
+            await models.start()
+            await seen.start()
+            asker = Asker(nc, max_tokens)
+            await asker.start()
+            async with asyncio.timeout(10):
+                await models.ready.wait()
+            yield System(asker, models, seen, nc)
+        finally:
+            await nc.close()
+            await bus.close()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an artifact took alone, and in a batch."""
+
+    unit: UnitCosts
+    burst_s: float
+    """Mean latency of `BURST` queries at once."""
+
+
+async def measure(asking: System, prompts: Sequence[str], alone: int) -> tuple[dict[str, Measured], float]:
+    """Unit costs of each artifact on this machine, and seconds of overhead a query: each is loaded twice, asked `alone`
+    questions one at a time, then `BURST` at once. No prompt is asked twice: its beginning would lie in the cache."""
+    asker, live = asking.asker, asking.asker.live
+    cards = {card.artifact.name: card for card in asking.models.cards.values()}
+    fresh = iter(prompts)
+    single: dict[str, list[str]] = {name: [] for name in cards}
+    bursts: dict[str, list[list[str]]] = {name: [] for name in cards}
+    for _ in range(2):
+        for name, card in sorted(cards.items()):
+            await asker.alone(next(fresh), card.name)
+            single[name] += [await asker.alone(next(fresh), card.name) for _ in range(alone)]
+            bursts[name].append(await asker.together([next(fresh) for _ in range(BURST)], card.name))
+    await asyncio.sleep(2.0)
+    qos = {a.artifact: a for a in (await asking.qos()).artifacts}
+    device = asking.fleet.workers()[0].device
+    overhead_s = statistics.median(beside(live, i) for ids in single.values() for i in ids)
+    found = {}
+    for name, card in cards.items():
+        learned = cost.unit_costs(card.artifact, device, qos.get(name))
+        found[name] = _measured(live, card.artifact, learned, single[name], bursts[name], overhead_s)
+    return found, overhead_s
+
+
+def beside(live: Live, query_id: str) -> float:
+    """Seconds of an answer that are neither waiting nor the engine's work, as the client sees it."""
+    t = live.answer[query_id]["timings"]
+    return live.latency[query_id] - float(t["queue_s"] + t["load_s"] + t["prefill_s"] + t["decode_s"])
+
+
+def read_tokens(answer: dict[str, Any]) -> int:
+    """Tokens of the prompt that had to be read."""
+    return int(answer["usage"]["tokens_in"] - answer["usage"].get("tokens_cached", 0))
+
+
+def _measured(
+    live: Live,
+    spec: m.ArtifactSpec,
+    learned: cost.UnitCosts,
+    single: list[str],
+    bursts: list[list[str]],
+    overhead_s: float,
+) -> Measured:
+    answers = [a for i in single if (a := live.answer[i])["usage"]["tokens_out"] > 1]
+    loads = [o.seconds for o in live.operations if o.kind == "load" and o.ok and o.artifact == spec.name]
+    load_s = min(loads, default=learned.load_s)  # the first reads from a cold disk
+    alone = UnitCosts(
+        prefill_s=statistics.median(a["timings"]["prefill_s"] / read_tokens(a) for a in answers),
+        tpot_s=statistics.median(map(_token_s, answers)), slope=0.0, load_s=load_s,
+        prefill_j=learned.prefill_j, decode_j=learned.decode_j, load_j=learned.load_j * load_s / learned.load_s,
+        token_j=(0.0, learned.decode_j),
+    )  # fmt: skip
+    # Whoever began to write last wrote while nobody's prompt was read: that is what a batch costs.
+    last = [max((live.answer[i] for i in burst), key=_began) for burst in bursts]
+    batch = statistics.mean(_beside_last(live, burst) for burst in bursts)
+    slope = max(statistics.mean(map(_token_s, last)) / alone.tpot_s - 1.0, 0.0) / max(batch - 1.0, 1.0)
+    burst_s = statistics.mean(live.latency[i] for burst in bursts for i in burst)
+    low, high = 1.0, MOST_BESIDE
+    for _ in range(20):  # and what is left of the time is what reading costs beside others
+        middle = (low + high) / 2.0
+        tried = replace(alone, slope=slope, beside=middle)
+        took = statistics.mean(_simulated_burst(live, burst, spec, tried, overhead_s) for burst in bursts)
+        low, high = (middle, high) if took < burst_s else (low, middle)
+    return Measured(replace(alone, slope=slope, beside=(low + high) / 2.0), burst_s)
+
+
+def _token_s(answer: dict[str, Any]) -> float:
+    return float(answer["timings"]["decode_s"] / max(answer["usage"]["tokens_out"] - 1, 1))
+
+
+def _began(answer: dict[str, Any]) -> float:
+    t = answer["timings"]
+    return float(t["total_s"] - t["decode_s"])
+
+
+def _beside_last(live: Live, burst: list[str]) -> float:
+    """Sequences running while the last one wrote, on average, itself included: how far their ends overlap with it."""
+    spans = []
+    for i in burst:
+        t, at = live.answer[i]["timings"], live.at[i] - live.at[burst[0]]
+        spans.append((at + t["total_s"] - t["decode_s"], at + t["total_s"]))
+    begin, end = max(spans)
+    return float(sum(max(min(end, e) - max(begin, b), 0.0) for b, e in spans) / max(end - begin, 1e-9))
+
+
+def _simulated_burst(live: Live, ids: list[str], spec: m.ArtifactSpec, unit: UnitCosts, overhead_s: float) -> float:
+    """Mean latency of queries asked when these were, of this artifact alone: the slope is what makes it right."""
+    fleet = SimFleet(
+        "burst", (SimModel(name=spec.name, parameters_b=1.0, memory=1, slots=spec.slots),), ("worker",), (1,), (1,),
+        ((unit,),), np.ones((1, 1), bool), shared=True, overhead_s=overhead_s,
+    )  # fmt: skip
+    answers = [live.answer[i] for i in ids]
+    work = Workload(
+        np.array([live.at[i] - live.at[ids[0]] for i in ids]), np.arange(len(ids)),
+        np.array([float(read_tokens(a)) for a in answers]),
+        np.array([[float(a["usage"]["tokens_out"])] for a in answers]), np.zeros((len(ids), 1)),
+    )  # fmt: skip
+    return float(Simulation(fleet, work, Always(np.zeros(len(ids), int)), Fixed()).run().latency_s.mean())

@@ -1,0 +1,156 @@
+"""Lengths of answers, learned from every answer: told to planners, stored, and taken up again after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import nats.errors
+
+from services.monitor.writer import Writer
+from shared import messages as m
+from shared import subjects
+from shared.bus import Bus
+from shared.knowledge import reads
+from shared.knowledge.store import Store
+from shared.learn.length import LengthModel
+from shared.learn.live import embedding, pieces
+from shared.learn.live_length import Lengths, first_lengths
+from shared.processes import yield_to_others
+from shared.tasks import end
+
+TELL_S = 5.0
+"""Between two versions: each answer changes it a little."""
+STORE_S = 60.0
+PIECE_BYTES = 512 * 1024
+OPEN = 2_000
+"""Queries under way whose embeddings are kept."""
+NAME: Final = "length"
+
+
+class LengthKeeper:
+    """The learned lengths, owned by the knowledge owner."""
+
+    def __init__(self, bus: Bus, store: Store, writer: Writer, clock: Callable[[], float], log: Any) -> None:
+        self._bus = bus
+        self._store = store
+        self._writer = writer
+        self._clock = clock
+        self._log = log
+        self._lengths = Lengths(())
+        self._open: OrderedDict[str, bytes] = OrderedDict()
+        self._done: OrderedDict[str, m.Done] = OrderedDict()
+        """Ends that came before their decision."""
+        self._version = 0
+        self._fresh = self._unstored = False
+        self._stored_at = clock()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def lengths(self) -> Lengths:
+        return self._lengths
+
+    async def start(self) -> None:
+        """Take up what was stored last, tell it, and go on."""
+        async with self._store.read() as connection:
+            stored = await reads.latest_parameter(connection, NAME)
+        if stored is not None:
+            self._version = stored[0]
+            try:
+                self._lengths = Lengths.from_bytes(stored[1])
+                self._fresh = self._lengths.model is not None
+            except ValueError as error:
+                self._log.warning("learned_lengths_unusable", error=str(error), remedy="They are learned anew.")
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            await end([self._task])
+            self._keep()
+
+    def use(self, cards: list[str]) -> None:
+        """The fleet's cards."""
+        if cards:
+            self._lengths.use(cards)
+
+    def on_route(self, route: m.Route) -> None:
+        """A query was routed."""
+        if (done := self._done.pop(route.query_id, None)) is not None:
+            self._learn(done, route.embedding)
+        elif route.embedding:
+            _put(self._open, route.query_id, route.embedding)
+
+    def on_done(self, done: m.Done) -> None:
+        """A query has ended."""
+        features = self._open.pop(done.query_id, None)
+        if done.answer is None:
+            return
+        if features is None:
+            _put(self._done, done.query_id, done)
+        else:
+            self._learn(done, features)
+
+    def _learn(self, done: m.Done, features: bytes) -> None:
+        answer = done.answer
+        if answer is None or not features:
+            return
+        learned = self._lengths.answered(
+            done.card or answer.model, embedding(features), answer.usage.tokens_out,
+            cut=answer.finish_reason == "length",
+        )  # fmt: skip
+        self._unstored |= learned
+        self._fresh |= learned and self._lengths.model is not None
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(TELL_S)
+            if self._lengths.may_begin:
+                await self._begin()
+            try:
+                await self._tell()
+            except (TimeoutError, OSError, nats.errors.Error) as error:
+                self._log.warning("lengths_not_told", error=str(error) or type(error).__name__)
+            if self._clock() - self._stored_at >= STORE_S:
+                self._keep()
+
+    async def _begin(self) -> None:
+        """Make the topics, in a thread and in the background."""
+        cards, first = self._lengths.cards, self._lengths.first()
+
+        def make() -> LengthModel:
+            yield_to_others("idle")
+            return first_lengths(cards, first)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="lengths") as alone:
+            self._lengths.begin(await asyncio.get_running_loop().run_in_executor(alone, make))
+        self._fresh = self._unstored = True
+
+    async def _tell(self) -> None:
+        if not self._fresh:
+            return
+        self._version = max(self._version + 1, int(self._clock()))
+        data = pieces(self._lengths.to_bytes(), PIECE_BYTES)
+        for index, piece in enumerate(data):
+            part = m.LearnedPart(name=NAME, version=self._version, index=index, count=len(data), data=piece)
+            await self._bus.kv_put(subjects.BUCKET_CONTROL, subjects.learned_key(NAME, index), part)
+        self._fresh = False
+
+    def _keep(self) -> None:
+        """Store them under a version of their own."""
+        now = self._clock()
+        self._stored_at = now
+        if not self._unstored:
+            return
+        self._version += 1
+        row = {"name": NAME, "version": self._version, "at": now, "record": self._lengths.to_bytes()}
+        self._writer.note("parameters", row)
+        self._unstored = False
+
+
+def _put(kept: OrderedDict[str, Any], key: str, value: Any) -> None:
+    kept[key] = value
+    if len(kept) > OPEN:
+        kept.popitem(last=False)

@@ -1,0 +1,66 @@
+"""Quality in two parts: whether an answer can be read at all, and what it is worth if so.
+
+    q(x, m) = P(readable | x, m) . E[score | readable, x, m]
+
+Whether an answer could be read is seen with every answer, judged or not, and an unreadable one is worth nothing. So the
+first factor is learned from all answers and the second from judgements of readable ones alone: where one answer in five
+is judged, the first has five times as much to go by, and the second varies less from topic to topic than their product
+(what sets models apart by topic is in good part that some ramble there). Both are the regression of `quality`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.learn import hierarchy
+from shared.learn.quality import Prediction, QualityModel
+from shared.learn.topics import Topics
+
+Array = NDArray[np.float64]
+
+READABLE = hierarchy.Prior(level=0.2, own_level=0.15, slope=0.2, own_slope=0.3, noise=0.35)
+"""Of the chance that an answer can be read, around 1: until something unreadable has come, all is taken to be."""
+WORTH = hierarchy.Prior(own_slope=0.07)
+"""Of what a readable answer is worth."""
+
+
+class ReadableQuality:
+    """Quality of `models` in two parts. `heard` and `judged` change it; everything else leaves it as it is."""
+
+    def __init__(self, readable: QualityModel, worth: QualityModel) -> None:
+        self.models = worth.models
+        self.readable, self.worth = readable, worth
+
+    @classmethod
+    def start(cls, models: Sequence[str], topics: Topics) -> ReadableQuality:
+        """Before any answer."""
+        return cls(QualityModel(models, topics, prior=READABLE), QualityModel(models, topics, prior=WORTH))
+
+    def heard(self, x: NDArray[Any], model: int, readable: bool) -> None:
+        """An answer came: x [d]."""
+        self.readable.update(x, model, float(readable), 1.0)
+
+    def judged(self, x: NDArray[Any], model: int, score: float) -> None:
+        """A readable answer was judged. What cannot be read is worth nothing, which `heard` has been told."""
+        self.worth.update(x, model, score)
+
+    def predict(self, x: NDArray[Any], prior: NDArray[Any] | None = None) -> Prediction:
+        """x [n, d]; `prior` [n, k] is what the cards promise for a readable answer, 0 when left out."""
+        readable, worth = self.readable.predict(x, np.ones((len(x), len(self.models)))), self.worth.predict(x, prior)
+        first, second = np.clip(readable.mean, 0.0, 1.0), np.clip(worth.mean, 0.0, 1.0)
+        return Prediction(first * second, np.hypot(first * worth.std, second * readable.std))
+
+    def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None) -> Array:
+        """Expected scores [s, n, k] under weights drawn from both posteriors by `normal`, of `shape`."""
+        half = len(normal) // 2
+        readable = self.readable.sample(x, normal[:half], np.ones((len(x), len(self.models))))
+        worth = self.worth.sample(x, normal[half:], prior)
+        return np.asarray(np.clip(readable, 0.0, 1.0) * np.clip(worth, 0.0, 1.0))
+
+    def shape(self, draws: int) -> tuple[int, int, int]:
+        """Of the standard normals that `sample` takes for so many draws."""
+        return 2 * draws, len(self.models) + 1, self.worth.topics.size
