@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.sim import learned, routers
+from bench.sim import routers
 from bench.sim.data import Outcomes, load_outcomes, load_trace
 from bench.sim.split import half_of, split
 from shared.errors import DataInvalid
