@@ -154,7 +154,7 @@ def begun(width: int = 4) -> Learner:
 
 def means(learner: Learner, x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
     assert learner.quality is not None
-    return learner.quality.predict(x[None]).mean[0].tolist()
+    return [float(value) for value in learner.quality.predict(x[None]).mean[0]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["alpha", "beta"]), st.integers(0, 1)), max_size=30))

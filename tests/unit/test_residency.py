@@ -135,6 +135,24 @@ def test_work_is_what_a_full_batch_spends_on_a_query() -> None:
     assert residency.decayed_work(demand, 399.9 + residency.RATE_HALF_LIFE_S) == pytest.approx(demand.work / 2)
 
 
+def test_a_load_is_charged_for_what_it_pushes_out_however_new_that_is() -> None:
+    """Right after a load nothing may leave yet; what another load would cost others is told all the same."""
+    utilities, rates = np.tile([1.0, 0.0, 0.5], (30, 1)), np.full(30, 0.05)
+    forecast = Forecast(
+        artifacts={A.name: 0, B.name: 1, C.name: 2}, utilities=utilities, rates=rates, patience=0.6, second_cost=0.01
+    )
+
+    def burden(loaded_at: float) -> float:
+        full = worker("w1", budget=A.footprint_bytes, engines=[engine(A, loaded_at=loaded_at)])
+        found = residency.charges(
+            workers=[full], specs=SPECS, pinned=frozenset(), demand={}, load_s={}, policy=POLICY, now=NOW,
+            forecast=forecast,
+        )  # fmt: skip
+        return found[B.name].burden
+
+    assert burden(NOW - 0.5) == burden(NOW - 60.0) > 0.0
+
+
 def test_a_new_worker_warms_up_with_what_is_likely_to_be_asked_for() -> None:
     """An empty new worker takes the most popular model that nobody holds; an old empty one takes nothing."""
     fresh = [worker("w1", started_at=NOW - 1, engines=[engine(A)]), worker("w2", started_at=NOW - 1)]

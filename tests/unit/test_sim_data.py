@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.sim import learned, routers
-from bench.sim.data import load_outcomes, load_trace
+from bench.sim import routers
+from bench.sim.data import Outcomes, load_outcomes, load_trace
 from bench.sim.split import half_of, split
 from shared.errors import DataInvalid
 
@@ -131,7 +131,7 @@ def test_a_split_by_share_gives_about_that_share_and_halves_are_as_they_were() -
         split(Path("nowhere"), (Path("a"), Path("b")), share=1.0)
 
 
-def recorded(tmp_path: Path, n: int = 240) -> tuple[learned.Outcomes, np.ndarray]:
+def recorded(tmp_path: Path, n: int = 240) -> tuple[Outcomes, np.ndarray]:
     """Outcomes of three models, two of them good at one of two categories; and embeddings that tell these apart."""
     rng = np.random.default_rng(0)
     kind = rng.integers(2, size=n)

@@ -31,6 +31,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from services.planner.decide.outlook import Array, exchange, wished, worth
 from shared import messages as m
 
@@ -427,7 +429,9 @@ def charges(
     rooms = [_room(worker, ()) for worker in workers if not worker.draining]
     held = {a for room in rooms for a in room.holds}
     losses = _losses(rooms, forecast)
-    context = _Pass(rooms, specs, pinned, demand, {}, frozenset(), policy, now, load_s, forecast, losses)
+    # What is protected for its newness now may leave a moment later: it is missed all the same.
+    later = msgspec.structs.replace(policy, min_residence_s=0.0)
+    context = _Pass(rooms, specs, pinned, demand, {}, frozenset(), later, now, load_s, forecast, losses)
     columns = {forecast.artifacts[a] for a in held if a in forecast.artifacts}
     rates = wished(forecast.utilities, forecast.rates, columns)
     cheap = heapq.nsmallest(
