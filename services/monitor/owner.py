@@ -102,17 +102,18 @@ class Base:
         self._stopping.set()
         if self._retention is not None:
             await self._retention  # cancelled in the middle of a statement it would leave its connection open
-        for subscription in self._telemetry:
-            with contextlib.suppress(Exception):
-                await subscription.unsubscribe()
-        await self._probing.stop()
-        await self._answers.stop(timeout_s)
-        await self._recorder.stop(timeout_s)
-        await self._trust.stop()
-        await self._lengths.stop()
-        await self._learning.stop()
-        await self._writer.stop()
-        await self._store.close()
+        async with contextlib.AsyncExitStack() as last:  # each is called, last first, though one before it fails
+            last.push_async_callback(self._store.close)
+            last.push_async_callback(self._writer.stop)
+            last.push_async_callback(self._learning.stop)
+            last.push_async_callback(self._lengths.stop)
+            last.push_async_callback(self._trust.stop)
+            last.push_async_callback(self._recorder.stop, timeout_s)
+            last.push_async_callback(self._answers.stop, timeout_s)
+            last.push_async_callback(self._probing.stop)
+            for subscription in self._telemetry:
+                with contextlib.suppress(Exception):
+                    await subscription.unsubscribe()
 
     def note_cards(self) -> None:
         """Keep the cards as published."""

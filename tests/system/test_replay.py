@@ -25,16 +25,16 @@ TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 """
 
 
-async def _recorded(system: System) -> None:
-    """Wait until every answer is in the knowledge base with its decision."""
+async def _recorded(system: System, ids: list[str]) -> None:
+    """Wait until every answer is in the knowledge base with its query and decision, which come later."""
     async with asyncio.timeout(20):
-        while True:
-            found = await system.bus.ask(
-                subjects.knowledge("recent"), m.KnowledgeRequest(limit=QUERIES), m.QueryRecords, 5.0
-            )
-            if sum(r.state == "answered" for r in found.records) == QUERIES:
-                return
-            await asyncio.sleep(0.1)
+        for query_id in ids:
+            while True:
+                request = m.KnowledgeRequest(id=query_id)
+                found = await system.bus.ask(subjects.knowledge("query"), request, m.QueryRecord, 5.0)
+                if found.done is not None and found.query is not None and found.route is not None:
+                    break
+                await asyncio.sleep(0.1)
 
 
 async def test_recorded_queries_are_replayed_as_they_were_and_with_changes(
@@ -43,10 +43,12 @@ async def test_recorded_queries_are_replayed_as_they_were_and_with_changes(
     """The same queries under other weights, memory, objective, fleet and arrivals; figures as table, JSON, page."""
     await system.add_worker("one")
     kinds: list[dict[str, object]] = [{}, {"constraints": {"tags": ["other"]}}, {"preference": {"latency": 5.0}}]
+    ids: list[str] = []
     for i in range(QUERIES):
         reply = await ask(system.bus.nc, prompt=f"question {i}", max_tokens=4, **kinds[i % 3])
         assert reply["type"] == "answer.v1"
-    await _recorded(system)
+        ids.append(reply["id"])
+    await _recorded(system, ids)
 
     async def run(*arguments: str) -> list[Outcome]:
         parsed = options.parser().parse_args(["replay", "--json", *arguments])
