@@ -28,6 +28,7 @@ Handler = Callable[[Msg], Awaitable[None]]
 
 _WRONG_LAST_SEQUENCE = 10071
 _QUEUE_FULL = 10077
+JOURNAL_AFTER_S = 0.03
 _RETRY_S = 0.25
 _REHEARSALS = 64
 
@@ -155,6 +156,12 @@ class Bus:
         """
         headers = {"Nats-Msg-Id": msg_id or uuid.uuid4().hex}
         return (await self._publish(subject, codec.pack(message), headers)).seq
+
+    async def journal(self, subject: str, message: msgspec.Struct, *, msg_id: str) -> None:
+        """Publish durably what nobody waits for: a moment later, out of the way of the stages that now work on the
+        query it is about."""
+        await asyncio.sleep(JOURNAL_AFTER_S)
+        await self.publish(subject, message, msg_id=msg_id)
 
     async def publish_new(self, subject: str, message: msgspec.Struct, *, msg_id: str) -> bool:
         """Publish durably; False when the broker has that message id from an earlier call and dropped this one.

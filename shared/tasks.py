@@ -1,10 +1,15 @@
-"""Ending background tasks for certain."""
+"""Work in the background, and ending it for certain."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from shared.processes import yield_to_others
+
+T = TypeVar("T")
 
 _AGAIN_S = 0.2
 
@@ -23,3 +28,14 @@ async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
         for task in finished:
             if not task.cancelled():
                 task.exception()  # seen, so that it is not reported as never retrieved
+
+
+async def in_background(work: Callable[[], T]) -> T:
+    """Run `work` in a thread that gives way to everything else: no query waits for it."""
+
+    def run() -> T:
+        yield_to_others("idle")
+        return work()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="background") as alone:  # its class is the thread's, for good
+        return await asyncio.get_running_loop().run_in_executor(alone, run)

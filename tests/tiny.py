@@ -12,6 +12,9 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from shared.models.gguf_import import import_gguf
+from shared.models.manifest import Manifest
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -156,6 +159,12 @@ _WORDS = (
     "way about many then them would write like so these her long make thing see him two has look more day could go "
     "come did my sound no most number who over know water than call first people may down side been now find"
 )
+
+
+def tiny_fp32(folder: Path, context: int) -> Manifest:
+    """A tiny model in fp32, imported into `folder` itself: its graph is `fp32/model.onnx`."""
+    gguf = write_tiny_gguf(folder / "tiny.gguf", context=context)
+    return import_gguf(gguf, folder, name="t", licence="", source="", variants=["fp32"])
 
 
 def write_tiny_embedder(

@@ -24,8 +24,6 @@ from shared.tasks import end
 REHEARSALS = 32
 AT_ONCE = 256
 """Queries being stored at the same time; 64 saturate the broker's file storage (43 k/s measured)."""
-JOURNAL_AFTER_S = 0.03
-"""What was accepted is recorded this much later, out of the way of the stages that now work on it."""
 BACKLOG_MESSAGES = 20_000
 BACKLOG_BYTES = 64 * 2**20
 """More than this waiting unread is refused; the NATS client would drop messages silently at twice as much."""
@@ -135,8 +133,7 @@ class Intake:
         if is_new:
             self._health.handled += 1
             self._log.debug("accepted", query_id=accepted.query_id)
-            await asyncio.sleep(JOURNAL_AFTER_S)  # the record is not urgent, and the query is on its way
-            await self._bus.publish(subjects.JOURNAL_ACCEPTED, accepted, msg_id=f"{accepted.query_id}-accepted")
+            await self._bus.journal(subjects.JOURNAL_ACCEPTED, accepted, msg_id=f"{accepted.query_id}-accepted")
 
     async def _accept(self, accepted: m.Accepted) -> bool:
         """Store the query; only the broker's acknowledgement makes it accepted. False for one that is known."""

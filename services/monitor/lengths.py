@@ -5,27 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import nats.errors
 
+from services.monitor.telling import tell
 from services.monitor.writer import Writer
 from shared import messages as m
-from shared import subjects
 from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
-from shared.learn.length import LengthModel
-from shared.learn.live import embedding, pieces
+from shared.learn.live import embedding
 from shared.learn.live_length import Lengths, first_lengths
-from shared.processes import yield_to_others
-from shared.tasks import end
+from shared.tasks import end, in_background
 
 TELL_S = 5.0
 """Between two versions: each answer changes it a little."""
 STORE_S = 60.0
-PIECE_BYTES = 512 * 1024
 OPEN = 2_000
 """Queries under way whose embeddings are kept."""
 NAME: Final = "length"
@@ -117,25 +113,16 @@ class LengthKeeper:
                 self._keep()
 
     async def _begin(self) -> None:
-        """Make the topics, in a thread and in the background."""
+        """Make the topics."""
         cards, first = self._lengths.cards, self._lengths.first()
-
-        def make() -> LengthModel:
-            yield_to_others("idle")
-            return first_lengths(cards, first)
-
-        with ThreadPoolExecutor(1, thread_name_prefix="lengths") as alone:
-            self._lengths.begin(await asyncio.get_running_loop().run_in_executor(alone, make))
+        self._lengths.begin(await in_background(lambda: first_lengths(cards, first)))
         self._fresh = self._unstored = True
 
     async def _tell(self) -> None:
         if not self._fresh:
             return
         self._version = max(self._version + 1, int(self._clock()))
-        data = pieces(self._lengths.to_bytes(), PIECE_BYTES)
-        for index, piece in enumerate(data):
-            part = m.LearnedPart(name=NAME, version=self._version, index=index, count=len(data), data=piece)
-            await self._bus.kv_put(subjects.BUCKET_CONTROL, subjects.learned_key(NAME, index), part)
+        await tell(self._bus, NAME, self._version, self._lengths.to_bytes())
         self._fresh = False
 
     def _keep(self) -> None:

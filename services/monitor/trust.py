@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 import nats.errors
 
 from services.monitor.decide.signals import Signals
+from services.monitor.telling import tell
 from services.monitor.writer import Writer
 from shared import messages as m
 from shared import subjects
@@ -20,16 +20,12 @@ from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
 from shared.learn import standing
-from shared.learn.live import Array, Learner, embedding, first_quality, pieces
-from shared.learn.quality import QualityModel
+from shared.learn.live import Array, Learner, embedding, first_quality
 from shared.learn.standing import Standing
-from shared.processes import yield_to_others
-from shared.tasks import end
+from shared.tasks import end, in_background
 
 TELL_S = 1.0
 STORE_S = 60.0
-PIECE_BYTES = 512 * 1024
-"""Learned parameters travel in pieces of this size, below NATS's default payload limit of 1 MiB."""
 RECORDED_S = 2.0
 ROUTES = 10_000
 """Latest decisions kept in memory; an older one is looked up when its judgement comes."""
@@ -130,14 +126,9 @@ class Trust:
         self._symptoms += self._signals.routed(route, self._clock())
 
     async def _begin(self, first: Array) -> None:
-        """Make the topics, in a thread and in the background: no query waits for it."""
-
-        def make() -> QualityModel:
-            yield_to_others("idle")
-            return first_quality(self._learner.cards, first)
-
-        with ThreadPoolExecutor(1, thread_name_prefix="topics") as alone:  # its class is the thread's, for good
-            self._learner.begin(await asyncio.get_running_loop().run_in_executor(alone, make))
+        """Make the topics."""
+        cards = self._learner.cards
+        self._learner.begin(await in_background(lambda: first_quality(cards, first)))
         self._fresh = True
 
     def on_done(self, done: m.Done) -> None:
@@ -245,10 +236,7 @@ class Trust:
         if not self._fresh or not self._learner.ready:
             return
         self._version = max(self._version + 1, int(self._clock()))
-        data = pieces(self._learner.to_bytes(), PIECE_BYTES)
-        for index, piece in enumerate(data):
-            part = m.LearnedPart(name="quality", version=self._version, index=index, count=len(data), data=piece)
-            await self._bus.kv_put(bucket, subjects.learned_key("quality", index), part)
+        await tell(self._bus, "quality", self._version, self._learner.to_bytes())
         self._fresh = False
 
     def stands(self, card: str) -> m.CardStanding:

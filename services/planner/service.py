@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import replace
 
@@ -27,8 +26,6 @@ DRAWS = 32
 RETRY_S = 0.25
 """A query that meets no worker at all goes back to the queue for this long."""
 REHEARSALS = 32
-JOURNAL_AFTER_S = 0.03
-"""A decision is journaled this much later, out of the way of the stages that now work on its query."""
 
 
 class Planner:
@@ -141,6 +138,7 @@ class Planner:
             objectives_version=self._control.version,
             embedding=compact(analyzed.profile.embedding),
         )
+        decision = f"{accepted.query_id}-route"
         if route.order:
             stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock()))
             chosen = next(c for c in route.candidates if c.card == route.order[0])
@@ -150,18 +148,14 @@ class Planner:
             await self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
             self._count(route)
             self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
-            await asyncio.sleep(JOURNAL_AFTER_S)
-            await self._journal(route)
+            await self._bus.journal(subjects.DECISION_ROUTE, route, msg_id=decision)
         else:
             failure = codec.failure_of(routing.refusal(route, analyzed, state), accepted.query_id)
-            await self._journal(route)
+            await self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=decision)
             await self._refuse(accepted, failure, redelivered=redelivered)
             self._log.info("refused", code=failure.code)
         await message.ack()
         self._context.health.handled += 1
-
-    async def _journal(self, route: m.Route) -> None:
-        await self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"{route.query_id}-route")
 
     async def _refuse(self, accepted: m.Accepted, failure: m.Failure, *, redelivered: bool) -> None:
         done = m.Done(

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.learn.arrays import Packed, pack, unpack
+from shared.learn.arrays import Packed, pack, stored, unpack
 from shared.learn.hierarchy import Prior, Sums
 from shared.learn.quality import QualityModel
 from shared.learn.topics import CLUSTERS, clusters
@@ -117,12 +117,10 @@ class LengthModel:
     @classmethod
     def from_bytes(cls, data: bytes) -> LengthModel:
         """Raises ValueError when these bytes are not a length model of this version."""
+        found = stored(data, _Stored, VERSION, "a length model")
         try:
-            stored = msgspec.msgpack.decode(data, type=_Stored)
-            if stored.version != VERSION:
-                raise ValueError(f"a length model of version {stored.version!r}, where {VERSION!r} was expected")
-            return cls(QualityModel.from_bytes(stored.log), unpack(stored.arrays)["sums"])
-        except (msgspec.MsgspecError, KeyError) as error:
+            return cls(QualityModel.from_bytes(found.log), unpack(found.arrays)["sums"])
+        except KeyError as error:
             raise ValueError(f"no length model: {error}") from None
 
     def _expected(self, log: Array) -> Array:

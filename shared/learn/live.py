@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.learn import arrays
 from shared.learn.quality import Outcome, QualityModel
 
 Array = NDArray[Any]
@@ -155,12 +156,7 @@ class Learner:
     @classmethod
     def from_bytes(cls, data: bytes) -> Learner:
         """Raises ValueError when these bytes are not a learner of this version."""
-        try:
-            stored = msgspec.msgpack.decode(data, type=_Stored)
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"no learner: {error}") from None
-        if stored.version != VERSION:
-            raise ValueError(f"a learner of version {stored.version!r}, where {VERSION!r} was expected")
+        stored = arrays.stored(data, _Stored, VERSION, "a learner")
         learner = cls(stored.cards)
         learner.judgements = stored.judgements
         learner.topics_version = stored.topics_version

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.learn import arrays
 from shared.learn.length import LengthModel
 
 Array = NDArray[Any]
@@ -108,12 +109,7 @@ class Lengths:
     @classmethod
     def from_bytes(cls, data: bytes) -> Lengths:
         """Raises ValueError when these bytes are not learned lengths of this version."""
-        try:
-            stored = msgspec.msgpack.decode(data, type=_Stored)
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"no learned lengths: {error}") from None
-        if stored.version != VERSION:
-            raise ValueError(f"learned lengths of version {stored.version!r}, where {VERSION!r} was expected")
+        stored = arrays.stored(data, _Stored, VERSION, "learned lengths")
         lengths = cls(stored.cards)
         lengths.answers = stored.answers
         lengths._first = stored.first

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.learn import hierarchy, linear
-from shared.learn.arrays import Packed, pack, unpack
+from shared.learn.arrays import Packed, pack, stored, unpack
 from shared.learn.topics import NESTED, Topics, clusters, supervised
 
 Array = NDArray[np.float64]
@@ -204,18 +204,16 @@ class QualityModel:
     @classmethod
     def from_bytes(cls, data: bytes) -> QualityModel:
         """Raises ValueError when these bytes are not a quality model of this version."""
+        found = stored(data, _Stored, VERSION, "a quality model")
         try:
-            stored = msgspec.msgpack.decode(data, type=_Stored)
-            if stored.version != VERSION:
-                raise ValueError(f"a quality model of version {stored.version!r}, where {VERSION!r} was expected")
-            a = unpack(stored.arrays)
-            topics = Topics(a["centre"], a["weights"], a["level"], stored.temperature, a["mean"], stored.parts)
+            a = unpack(found.arrays)
+            topics = Topics(a["centre"], a["weights"], a["level"], found.temperature, a["mean"], found.parts)
             sums = hierarchy.Sums(a["zz"], a["zy"], a["yy"], a["count"])
             detail = (a["detail_centre"], a["detail_weights"]) if "detail_centre" in a else None
-        except (msgspec.MsgspecError, KeyError) as error:
+        except KeyError as error:
             raise ValueError(f"no quality model: {error}") from None
-        model = cls(stored.models, topics, sums, stored.prior, detail)
-        model._since = stored.since
+        model = cls(found.models, topics, sums, found.prior, detail)
+        model._since = found.since
         return model
 
     def _add(self, x: NDArray[Any], model: int, over: float, weight: float) -> None:

@@ -18,9 +18,8 @@ from services.workers.engine.energy import ModelMeter
 from services.workers.engine.loader import Opened, open_model, start
 from services.workers.engine.schedule import Schedule
 from shared.messages import ArtifactSpec, Device, Sampling
-from shared.models.gguf_import import import_gguf
 from shared.models.manifest import Manifest
-from tests.tiny import write_tiny_gguf
+from tests.tiny import tiny_fp32
 
 CPU = Device(kind="cpu", name="cpu", threads=1)
 GPU = Device(kind="cuda", name="gpu", provider="CUDAExecutionProvider")
@@ -30,8 +29,7 @@ CONTEXT, SLOTS, SEQUENCES = 256, 2, 9
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = tmp_path_factory.mktemp("model")
-    gguf = write_tiny_gguf(folder / "tiny.gguf", context=CONTEXT)
-    manifest = import_gguf(gguf, folder, name="t", licence="", source="", variants=["fp32"])
+    manifest = tiny_fp32(folder, CONTEXT)
     return open_model(folder, manifest, spec_of(manifest), CPU)
 
 

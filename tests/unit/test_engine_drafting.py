@@ -17,9 +17,8 @@ from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine.session import open_session
 from services.workers.engine.text import Text
 from shared.messages import Device, Sampling
-from shared.models.gguf_import import import_gguf
 from shared.models.manifest import Manifest
-from tests.tiny import write_tiny_gguf
+from tests.tiny import tiny_fp32
 
 CPU = Device(kind="cpu", name="cpu", threads=1)
 SLOTS, CONTEXT = 3, 160
@@ -29,8 +28,7 @@ Model = tuple[Path, Manifest, Any]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("model")
-    gguf = write_tiny_gguf(folder / "tiny.gguf", context=CONTEXT)
-    manifest = import_gguf(gguf, folder, name="t", licence="", source="", variants=["fp32"])
+    manifest = tiny_fp32(folder, CONTEXT)
     return folder, manifest, open_session(folder / "fp32" / "model.onnx", CPU, 1)
 
 
