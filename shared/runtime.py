@@ -98,7 +98,7 @@ async def _serve(service: str, settings: Settings, log: Any, build: Callable[[Co
             log.info("ready", pid=os.getpid())
             await stop
         else:
-            start.cancel()
+            await tasks.end([start])
         health.state = "draining"
         log.info("draining", in_flight=health.in_flight())
         await running.stop()

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,26 +63,34 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def running(service: str, settings: Settings, bus: Bus, **more: str) -> AsyncIterator[Process]:
-    """`python -m services.<service>`, ready; `more` are further environment variables."""
+async def running(
+    service: str, settings: Settings, bus: Bus, *, states: Collection[str] = ("ready",), **more: str
+) -> AsyncIterator[Process]:
+    """`python -m services.<service>`, in one of `states`; `more` are further environment variables."""
     module = "services.workers" if service == "worker" else f"services.{service}"
-    started = start([sys.executable, "-m", module], environment(settings, **more), service, settings.home, bus)
+    command = [sys.executable, "-m", module]
+    started = start(command, environment(settings, **more), service, settings.home, bus, states)
     async with started as process:
         yield process
 
 
 @contextlib.asynccontextmanager
 async def start(
-    command: Sequence[str], variables: Mapping[str, str], service: str, folder: Path, bus: Bus
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    service: str,
+    folder: Path,
+    bus: Bus,
+    states: Collection[str] = ("ready",),
 ) -> AsyncIterator[Process]:
-    """Run a command that starts `service`, and wait for its heartbeat to say ready."""
+    """Run a command that starts `service`, and wait for its heartbeat to say one of `states`."""
     log = folder / f"{service}-{len(list(folder.glob('*.test-log')))}.test-log"
     ready = asyncio.Event()
     pid = 0
 
     async def on_beat(message: Msg) -> None:
         beat = codec.unpack(message.data, m.Heartbeat)
-        if beat.pid == pid and beat.state == "ready":
+        if beat.pid == pid and beat.state in states:
             ready.set()
 
     subscription = await bus.subscribe(subjects.health(service), on_beat)

@@ -100,30 +100,33 @@ class Worker:
         self._energy = EnergyKeeper(
             self._bus, self._settings, self.name, self._device, self._running, clock=self._clock
         )
-        self._energy.start()
-        self._log.info("energy", source=self._energy.source)
         await self._bus.subscribe(subjects.worker_request(self.name, "load"), self._on_load)
         await self._bus.subscribe(subjects.worker_request(self.name, "evict"), self._on_evict)
+        self._energy.start()
+        self._log.info("energy", source=self._energy.source)
         self._bus.on_reconnect(self._changed.set)
         self._register = asyncio.create_task(self._keep_registered())
         self._reserve.fill()
 
     async def stop(self) -> None:
         self._stopping = True
+        if self._register is not None:  # else it was told to stop before it had anything to leave
+            await self._leave(self._register)
+        if self._claim is not None:
+            await self._claim.stop()
+
+    async def _leave(self, register: asyncio.Task[None]) -> None:
         for engine in self._engines.values():
             engine.draining = True
         await self._publish()
         children = [e.child for e in self._engines.values() if e.child is not None]
         await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children), self._reserve.close())
         await self._energy.stop()
-        if self._register is not None:
-            await tasks.end([self._register])
+        await tasks.end([register])
         key = subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name))
         with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self._bus.nc.request(key, b"", timeout=1, headers={"KV-Operation": "DEL"})
         await tasks.end([*self._tasks, *self._operations.values()])
-        if self._claim is not None:
-            await self._claim.stop()
 
     async def _budget_of_fleet(self) -> int:
         with contextlib.suppress(TimeoutError):
