@@ -101,7 +101,8 @@ def int4_symmetric(weights: Floats) -> Int4:
         scale = np.where(extreme != 0, extreme * (shrink / -8.0), 1e-8).astype(np.float32)
         _, error = _rounded(blocks, scale, -8.0 * scale)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    values, _ = _rounded(blocks, best, -8.0 * best)
+    best = best.astype(np.float32)
+    values, _ = _rounded(blocks, best, np.float32(-8.0) * best)
     shape = (rows, columns // size)
     return Int4(_pack(values.reshape(*shape, size)), best.reshape(shape), zeros=None, widened=False)
 
