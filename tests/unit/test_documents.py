@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -46,3 +47,14 @@ def test_the_readme_s_commands_are_those_that_ci_runs() -> None:
     line = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cpu,dev]" && .venv/bin/python -m tests'
     assert line in (ROOT / "README.md").read_text()
     assert line in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_decision_that_is_named_is_there() -> None:
+    """Code and documents refer to decisions by number: each is recorded, once."""
+    recorded = [file.name[:4] for file in (ROOT / "docs" / "decisions").glob("*.md")]
+    assert len(recorded) == len(set(recorded))
+    for folder in ("services", "shared", "bench", "docs", "tests", "profiles"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".md", ".toml"):
+                named = re.findall(r"decisions/(\d{4})", file.read_text())
+                assert set(named) <= set(recorded), file
