@@ -86,6 +86,10 @@ class LengthModel:
         low, high = (np.expm1(_USUAL + found.mean + side * 1.28 * deviation) for side in (-1.0, 1.0))
         return Lengths(self._expected(found.mean), np.maximum(low, 0.0), high)
 
+    def expected(self, x: NDArray[Any]) -> Array:
+        """Expected output tokens [n, k] for x [n, d]: the means of `predict` alone, for those who decide on the way."""
+        return self._expected(self._log.predict(x).mean)
+
     def update(self, x: NDArray[Any], model: int, tokens: float) -> None:
         """One answer of the model with this index: x [d], and its length."""
         target = float(np.log1p(tokens)) - _USUAL

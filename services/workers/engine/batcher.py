@@ -6,6 +6,7 @@ token, so that a long prompt never stalls running streams. Synchronous; the call
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -416,9 +417,9 @@ class Batcher:
             reason=reason,
             tokens_in=len(state.prompt),
             tokens_out=len(state.tokens),
-            mean_logprob=float(np.mean(state.logprobs)),
-            min_logprob=float(np.min(state.logprobs)),
-            mean_entropy=float(np.mean(state.entropies)),
+            mean_logprob=math.fsum(state.logprobs) / len(state.logprobs),
+            min_logprob=min(state.logprobs),
+            mean_entropy=math.fsum(state.entropies) / len(state.entropies),
             admitted_at=state.admitted_at,
             first_token_at=state.first_token_at,
             ended_at=now,

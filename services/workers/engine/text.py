@@ -64,6 +64,7 @@ class Growing:
         self._ids: list[int] = []
         self._decoded: list[str] = []
         self._held = ""
+        self._whole = False
         self._shown: list[str] = []
         self.stopped = False
         """A stop string was met; the text ends before it."""
@@ -77,6 +78,7 @@ class Growing:
         """Text that became certain with this token."""
         self._ids.append(token)
         piece = self._stream.step(self._tokenizer, token) or ""
+        self._whole = bool(piece)
         self._decoded.append(piece)
         return self._show(piece, final=False)
 
@@ -84,6 +86,8 @@ class Growing:
         """Whatever was held back, at the end of the answer."""
         if self.stopped:
             return ""
+        if self._whole:  # the last token brought text, so no part of a character waits
+            return self._show("", final=True)
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         decoded = "".join(self._decoded)
         rest = whole[len(decoded) :] if whole.startswith(decoded) else ""
