@@ -90,6 +90,15 @@ def test_minimum_residence_and_pins_protect() -> None:
     assert len(_plan(old, demand).actions) == 2
 
 
+def test_what_was_loaded_on_a_guess_makes_room_at_once() -> None:
+    """Minimum residence keeps apart those that are asked for in turns; what nobody has asked for yet is not one."""
+    guess = engine(A, loaded_at=NOW - 1.0, last_used_at=NOW - 1.0)
+    small = [worker(budget=500 * 10**6, engines=[guess])]
+    waiting = {B.name: Demand(waiting=1, waiting_since=NOW)}
+    assert [a.kind for a in _plan(small, waiting).actions] == ["evict", "load"]
+    assert _plan(small, {**waiting, A.name: Demand(rate=0.1, rate_at=NOW)}).actions == ()
+
+
 def test_a_pinned_model_is_loaded_without_demand() -> None:
     """Pinned means resident."""
     assert _what(_plan([worker()], pinned=frozenset({C.name}))) == [("load", "w1", C.name, "pinned")]

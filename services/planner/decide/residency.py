@@ -8,8 +8,9 @@ One pass, in order (the numbers stand in the code too):
    one whose arrivals bring more work than `FULL` of what its holders can do, before queries have to wait.
 3. A new worker that holds nothing takes the artifact most likely to be asked for (warm start).
 4. A needed artifact goes to the worker where it costs least: free memory first, else the set of victims with the
-   smallest value. A victim is ready, not pinned, past its minimum residence, and has no queries of its own,
-   unless the need has waited longer than `max_wait_s`: then work in hand no longer protects it.
+   smallest value. A victim is ready, not pinned, past its minimum residence (unless nobody has asked for it yet), and
+   has no queries of its own, unless the need has waited longer than `max_wait_s`: then work in hand no longer
+   protects it.
    A replica or a warm start evicts only what has been without work; a warm start evicts nothing.
    With a forecast, queries that wait are grouped: work in hand, or worth to come, protects a victim until those
    who wait have waited, together, for as long as its absence will make others wait (rent or buy: at most twice
@@ -331,9 +332,11 @@ class _Pass:
     def _may_go(self, engine: m.EngineState, room: _Room, starved: bool) -> bool:
         if engine.state != "ready" or engine.artifact in room.leaving or engine.artifact in self.pinned:
             return False
-        if self.now - engine.loaded_at < self.policy.min_residence_s:
+        demand = self.demand.get(engine.artifact, Demand())
+        wanted = decayed_rate(demand, self.now) > 0.0 or engine.last_used_at > engine.loaded_at
+        if wanted and self.now - engine.loaded_at < self.policy.min_residence_s:
             return False
-        busy = engine.active > 0 or self.demand.get(engine.artifact, Demand()).waiting > 0
+        busy = engine.active > 0 or demand.waiting > 0
         return starved or not busy
 
     def _obstacle(self, spec: m.ArtifactSpec) -> str:
