@@ -107,9 +107,8 @@ class Posterior:
 
     def predict(self, z: NDArray[Any]) -> tuple[Array, Array]:
         """Mean and standard deviation of the expected outcome: z [n, p] gives [n, k] each."""
-        own = np.einsum("np,kpq->nkq", z, self.own_root, optimize=True)
-        shared = np.einsum("np,kpq->nkq", z, self.shared_root, optimize=True)
-        return z @ self.mean.T, np.sqrt((own**2).sum(-1) + (shared**2).sum(-1))
+        own, shared = z @ self.own_root, z @ self.shared_root  # [k, n, p]
+        return z @ self.mean.T, np.sqrt((own**2).sum(-1) + (shared**2).sum(-1)).T
 
     def sample(self, normal: Array) -> Array:
         """Weights [..., k, p] drawn from the posterior by standard normals [..., k + 1, p]; the last row moves all."""

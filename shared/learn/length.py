@@ -88,7 +88,7 @@ class LengthModel:
 
     def expected(self, x: NDArray[Any]) -> Array:
         """Expected output tokens [n, k] for x [n, d]: the means of `predict` alone, for those who decide on the way."""
-        return self._expected(self._log.predict(x).mean)
+        return self._expected(self._log.expected(x))
 
     def update(self, x: NDArray[Any], model: int, tokens: float) -> None:
         """One answer of the model with this index: x [d], and its length."""

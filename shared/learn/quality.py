@@ -134,6 +134,10 @@ class QualityModel:
         mean, std = self.posterior.predict(self.topics.encode(x))
         return Prediction(mean + self._offset(x, prior), std)
 
+    def expected(self, x: NDArray[Any]) -> Array:
+        """The means [n, k] of `predict` alone."""
+        return np.asarray(self.topics.encode(x) @ self.posterior.mean.T + self._offset(x, None))
+
     def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None, spread: float = 1.0) -> Array:
         """Expected scores [s, n, k] under weights drawn from the posterior by `normal` [s, k + 1, p]; `spread` scales
         their deviation from the mean."""
