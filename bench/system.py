@@ -12,15 +12,37 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from shared import messages as m
+from shared.bus import Bus
 from shared.settings import Settings
+from shared.views import FleetView
 
 READY_S = 600.0
 """Includes fetching the models, where they are not in the store yet."""
+SETTLE_S = 10.0
+
+
+async def _settled(url: str) -> None:
+    """Wait, `SETTLE_S` at most, until every worker has what it begins with: starting up is measured elsewhere."""
+    bus = await Bus.connect(Settings(nats_url=url), "bench")
+    changed = asyncio.Event()
+    fleet = FleetView(bus, lambda _state: changed.set())
+    await fleet.start()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_S):
+            while not _settled_now(fleet.workers()):
+                changed.clear()
+                await changed.wait()
+    await bus.close()
+
+
+def _settled_now(workers: list[m.WorkerState]) -> bool:
+    return bool(workers) and all(w.engines and all(e.state == "ready" for e in w.engines) for w in workers)
 
 
 @contextlib.asynccontextmanager
 async def running(*, workers: int, fleet: str, memory: str = "", home: Path | None = None) -> AsyncIterator[str]:
-    """`calm up` in a home of its own with the user's model store; gives the NATS URL.
+    """`calm up` in a home of its own with the user's model store; gives the NATS URL once the fleet has settled.
 
     Raises:
         RuntimeError: it did not become ready; holds what it printed.
@@ -52,7 +74,9 @@ async def running(*, workers: int, fleet: str, memory: str = "", home: Path | No
             await ready.wait()
         if process.returncode is not None:
             raise RuntimeError("calm up did not start: " + " | ".join(printed[-5:]))
-        yield (folder / "run" / "nats_url").read_text().strip()
+        url = (folder / "run" / "nats_url").read_text().strip()
+        await _settled(url)
+        yield url
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
