@@ -15,7 +15,7 @@ from collections import deque
 STALL = 2.6
 """A step that reads, then decodes, over one that only decodes. Measured (7 streams, 1,500 tokens, 2 cores):
 docs/decisions/0018."""
-JOINED = 2.2
+JOINED = 2.1
 """The same of a step that does both in one pass, which reads as much in less: docs/decisions/0022."""
 BESIDE = 1.25
 """Decoding beside reading is taken to be slower by no more than this: what is known of decoding alone grows old."""
