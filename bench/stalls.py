@@ -3,11 +3,15 @@
 `python -m bench.stalls [--runs 8] [--json FILE]`, and a part of `python -m bench.engine`. The engine is opened as a
 worker opens it, over shared weights. Held: in every run the longest gap between two tokens of a stream is under
 `STALL_LIMIT` times the median gap before the prompt came; the exit status is 1 where it is not.
+
+Something else that takes a core makes a step as much longer: where the system tells how long the engine's threads waited
+for one, the longest gap of the steps in which they hardly did is given as well ("undisturbed").
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -29,6 +33,8 @@ from shared.settings import Settings
 STALL_LIMIT = 4.0
 BEFORE = 40
 """Steps before the prompt comes; of them those count that come after the streams' own prompts."""
+UNDISTURBED_S = 0.001
+"""Waited for cores by all threads together, in one step."""
 _ROOM = 400
 
 
@@ -62,6 +68,15 @@ def case(model: str, variant: str, store: Path | None, threads: int, *, streams:
     return Case(streams, long, opened, settings)
 
 
+def waited_s() -> float:
+    """For how long this process's threads were ready to run and had no core, since they began; 0 where unknown."""
+    total = 0
+    for schedstat in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            total += int(schedstat.read_text().split()[1])
+    return total / 1e9
+
+
 def once(case: Case, random: np.random.Generator) -> dict[str, float]:
     """One run; times in seconds."""
 
@@ -77,23 +92,27 @@ def once(case: Case, random: np.random.Generator) -> dict[str, float]:
     for row in range(case.streams):
         batcher.add(Request(f"s{row}", [], Sampling(max_tokens=case.long), prompt=prompt(32)))
     gaps: list[float] = []  # every step gives each stream a token
+    waits: list[float] = []
     first, steps, came_at = False, 0, 0.0
     while not first:
         if steps == BEFORE:
-            before, gaps, came_at = gaps[case.streams + 4 :], [], time.perf_counter()
+            before, gaps, waits, came_at = gaps[case.streams + 4 :], [], [], time.perf_counter()
             batcher.add(Request("long", [], Sampling(max_tokens=4), prompt=prompt(case.long)))
-        began = time.perf_counter()
+        waited, began = waited_s(), time.perf_counter()
         events = batcher.step()
         gaps.append(time.perf_counter() - began)
+        waits.append(waited_s() - waited)
         steps += 1
         first = any(e.id == "long" for e in events)
     ttft_s = time.perf_counter() - came_at
     batcher.clear()
     median = statistics.median(before)
+    calm = [gap for gap, wait in zip(gaps, waits, strict=True) if wait < UNDISTURBED_S]
     return {
         "median_gap_before_s": median, "median_gap_s": statistics.median(gaps),
         "p95_gap_s": statistics.quantiles(gaps, n=20)[-1], "longest_gap_s": max(gaps),
-        "longest_over_median": max(gaps) / median, "ttft_s": ttft_s, "ttft_alone_s": alone_s,
+        "longest_over_median": max(gaps) / median, "undisturbed_over_median": max(calm, default=0.0) / median,
+        "undisturbed_steps": len(calm) / len(gaps), "ttft_s": ttft_s, "ttft_alone_s": alone_s,
     }  # fmt: skip
 
 
@@ -112,6 +131,8 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
         f" {statistics.median(ratios):.2f}; under {STALL_LIMIT:.0f} in {under} of {runs} runs:"
         f" {'held' if held else 'NOT held'}"
     )
+    calm = sorted(r["undisturbed_over_median"] for r in results)
+    print(f"of the steps in which no thread waited for a core: {calm[0]:.2f} to {calm[-1]:.2f}")
     return {
         "streams": case.streams, "prompt_tokens": case.long, "joint": case.opened.joint is not None, "runs": results,
         "lowest": ratios[0], "median": statistics.median(ratios), "highest": ratios[-1], "held": held,
