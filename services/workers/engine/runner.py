@@ -176,7 +176,8 @@ class SharedKvRunner:
                 arrays["position_ids"][:, 0] = lengths
         else:
             ids = np.array(tokens, np.int64)[:, None]
-            self._bind_step(binding, self._inputs(ids, np.array(lengths, np.int64)))
+            arrays = self._inputs(ids, np.array(lengths, np.int64))  # bound by address: they must outlive the run
+            self._bind_step(binding, arrays)
         self._session.run_with_iobinding(binding)
         return np.asarray(logits[:, -1], dtype=np.float32)
 
