@@ -4,8 +4,8 @@
 worker opens it, over shared weights. Held: in every run the longest gap between two tokens of a stream is under
 `STALL_LIMIT` times the median gap before the prompt came; the exit status is 1 where it is not.
 
-Something else that takes a core makes a step as much longer: where the system tells how long the engine's threads waited
-for one, the longest gap of the steps in which they hardly did is given as well ("undisturbed").
+Something else that takes a core makes a step as much longer: where the system tells how long the engine waited for one,
+the longest gap of the steps in which it hardly did is given as well ("undisturbed").
 """
 
 from __future__ import annotations
