@@ -1,21 +1,26 @@
 """The engine against a bare loop over the same session, against what memory allows, and against its peers.
 
-`python -m bench.engine [--json FILE]`: decoding at one and at several sequences, prefill, the share of the
-memory-bandwidth limit, a long prompt that arrives among running streams, and a conversation's second turn. Peers
-(onnxruntime-genai, llama.cpp) run when they are installed; they are no dependencies of CALM.
+`python -m bench.engine [--parts PART ...] [--json FILE]`: decoding at one and at several sequences with the share of
+the memory-bandwidth limit, prefill, a long prompt that arrives among running streams (`stall`), a conversation's second
+turn (`turn`), and all of it against `peers` in turns. Peers (onnxruntime-genai, llama.cpp) run when they are installed
+(`bench/peers.py` says how); they are no dependencies of CALM.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from bench import against, stalls
 from bench import peers as peers_module
 from bench.bandwidth import read_bytes_per_s
 from bench.report import machine, print_machine, print_table, write_json
@@ -28,10 +33,7 @@ from shared.messages import Device, Sampling
 from shared.models.store import ModelStore
 from shared.settings import Settings
 
-STALL_LIMIT = 4.0
-LEAST = {"decode at one": {"onnxruntime-genai": 1.0, "llama.cpp": 1.25}, "prefill": {"onnxruntime-genai": 1.0}}
-"""Ratios to the peers that are wanted; at several sequences 1.1 of each."""
-LEAST_AT_MANY = 1.1
+PARTS = ("decode", "prefill", "stall", "turn", "peers")
 
 
 class Subject:
@@ -125,42 +127,6 @@ def prefill(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]
     return {"tokens": size, "bare_tokens_per_s": one, "engine_tokens_per_s": other, "ratio": other / one}
 
 
-def stall(subject: Subject, streams: int, long: int) -> dict[str, float]:
-    """A prompt of `long` tokens arrives among running streams: their gaps between tokens, in seconds."""
-    context = long + 400
-    runner = subject.runner(streams + 1, context)
-    batcher = subject.batcher(runner, streams + 1, context)
-    for row in range(streams):
-        batcher.add(Request(f"s{row}", [], Sampling(max_tokens=300), prompt=subject.prompt(32)))
-    last: dict[str, float] = {}
-    gaps: list[float] = []
-    before: list[float] = []
-    steps, first_at, arrived_at = 0, 0.0, 0.0
-    while first_at == 0.0 or steps < 40:
-        if steps == 40:
-            before, gaps = gaps, []
-            arrived_at = time.perf_counter()
-            batcher.add(Request("long", [], Sampling(max_tokens=4), prompt=subject.prompt(long)))
-        events = batcher.step()
-        now = time.perf_counter()
-        steps += 1
-        advanced = {e.id for e in events} | set(last)  # a token may be no text yet; every step gives each one
-        for sequence in advanced - {"long"}:
-            if sequence in last and steps > streams + 4:
-                gaps.append(now - last[sequence])
-            last[sequence] = now
-        if any(e.id == "long" for e in events):
-            first_at = now
-    batcher.clear()
-    median = statistics.median(before)
-    return {
-        "streams": streams, "prompt_tokens": long, "median_gap_before_s": median,
-        "median_gap_s": statistics.median(gaps), "p95_gap_s": statistics.quantiles(gaps, n=20)[-1],
-        "longest_gap_s": max(gaps),
-        "longest_over_median": max(gaps) / median, "ttft_s": first_at - arrived_at,
-    }  # fmt: skip
-
-
 def _ends(batcher: Batcher) -> list[Finished]:
     """Run until nothing is left to do."""
     ends: list[Finished] = []
@@ -188,80 +154,95 @@ def second_turn(subject: Subject, tokens: int) -> dict[str, float]:
     return {"history_tokens": tokens, "cached_ttft_s": warm_s, "uncached_ttft_s": cold_s, "gain": cold_s / warm_s}
 
 
+def serve(arguments: argparse.Namespace) -> None:
+    """Measure the engine as its peers are measured, in a process of its own that is asked by lines."""
+    subject = Subject(arguments)
+
+    def opens(task: str, count: int, prompt_tokens: int, tokens: int) -> Callable[[], float]:
+        context = prompt_tokens + tokens + count + 8
+        batcher = subject.batcher(subject.runner(count, context), count, context)
+
+        def read() -> float:
+            batcher.add(Request("read", [], Sampling(max_tokens=1), prompt=subject.prompt(prompt_tokens)))
+            began = time.perf_counter()
+            _ends(batcher)
+            return float(prompt_tokens / (time.perf_counter() - began))
+
+        def decode() -> float:
+            return batched(batcher, [subject.prompt(prompt_tokens) for _ in range(count)], tokens)
+
+        return read if task == "prefill" else decode
+
+    peers_module.serve(opens)
+
+
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of the peers that are installed, as `bench.peers` gives them; empty without."""
-    models = peers_module.default_models(arguments.peers, arguments.store)
-    figures: dict[str, Any] = peers_module.measure(
-        threads=arguments.threads, prompt_tokens=arguments.prompt_tokens, tokens=arguments.tokens, rows=arguments.rows,
-        prefill_tokens=arguments.prefill_tokens, python=arguments.peers / "peers/bin/python", models=models,
+    """The engine and the peers that are installed, in turns; empty without any."""
+    python, threads = arguments.peers / "peers/bin/python", arguments.threads
+    store = arguments.store or Settings.from_env().models_path
+    models = peers_module.default_models(arguments.peers, store, arguments.model) if python.exists() else {}
+    ours = [sys.executable, "-m", "bench.engine", "--serve", "--model", arguments.model, "--store", str(store)]
+    ours += ["--variant", arguments.variant, "--threads", str(threads)]
+    opens = [partial(peers_module.Asked, against.OURS, ours)]
+    opens += [partial(peers_module.Asked.peer, python, peer, model, threads) for peer, model in models.items()]
+    if not models:
+        return {}
+    return against.measure(
+        opens, rows=arguments.rows, prompt_tokens=arguments.prompt_tokens, prefill_tokens=arguments.prefill_tokens,
+        tokens=arguments.tokens, rounds=arguments.rounds, openings=arguments.openings,
     )  # fmt: skip
-    if figures:
-        peers_module.print_figures(figures, "peers, tokens/s", arguments.prefill_tokens)
-    return figures
-
-
-def against_peers(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our figures over each peer's, of llama.cpp's builds the quicker one's, and what is wanted."""
-    figures = result["peers"]
-    rows = sorted(result["decode"], key=int)
-    ours = {f"decode at {'one' if row == '1' else row}": result["decode"][row]["engine_tokens_per_s"] for row in rows}
-    ours["prefill"] = result["prefill"]["engine_tokens_per_s"]
-    ratios = []
-    for task, row in zip(ours, [*rows, "prefill"], strict=True):
-        best: dict[str, float] = {}
-        for peer, by in figures.items():
-            theirs = by[row]["tokens_per_s" if row == "prefill" else "decode_tokens_per_s"]
-            family = peer.split(" ")[0]
-            best[family] = max(best.get(family, 0.0), theirs)
-        for family, theirs in best.items():
-            least = LEAST.get(task, {}).get(family)
-            if row not in ("1", "prefill"):
-                least = LEAST_AT_MANY
-            ratios.append({"task": task, "peer": family, "ratio": ours[task] / theirs, "wanted": least})
-    return ratios
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    subject = Subject(arguments)
     result: dict[str, Any] = {"benchmark": "engine", "machine": machine(), "arguments": _plain(arguments)}
     print_machine(result["machine"])
-    result["decode"] = {str(count): decoding(subject, count, arguments) for count in arguments.rows}
-    title = f"{arguments.model} {arguments.variant}, {arguments.threads} threads: decode, tokens/s in all"
-    table = [[count, *values.values()] for count, values in result["decode"].items()]
-    print_table(title, ("sequences", "bare loop", "engine", "engine / bare"), table)
-    _print_gains(result["decode"], arguments.rows)
-
-    bandwidth = read_bytes_per_s(arguments.threads)
-    limit = bandwidth / subject.variant.weights_bytes
-    speed = result["decode"][str(min(arguments.rows))]["engine_tokens_per_s"]
-    result["bandwidth"] = {
-        "read_bytes_per_s": bandwidth, "weights_bytes": subject.variant.weights_bytes, "limit_tokens_per_s": limit,
-        "ratio": speed / limit,
-    }  # fmt: skip
-    size = subject.variant.weights_bytes / 1e6
-    print(
-        f"memory: {bandwidth / 1e9:.1f} GB/s read by {arguments.threads} threads, {size:.0f} MB of weights a token:"
-        f" at most {limit:.0f} tokens/s; decoding reaches {speed / limit:.2f} of that"
-    )
-
-    result["prefill"] = figures = prefill(subject, arguments)
-    print_table("prefill, tokens/s", tuple(figures), [list(figures.values())])
-    stalls = [stall(subject, arguments.streams, arguments.long_prompt) for _ in range(arguments.stalls)]
-    result["stall"] = stalls
-    print_table("a long prompt among running streams, seconds", tuple(stalls[0]), [list(s.values()) for s in stalls])
-    held = sum(s["longest_over_median"] < STALL_LIMIT for s in stalls)
-    print(f"longest gap under {STALL_LIMIT:.0f} times the median before the prompt came: {held} of {len(stalls)} times")
-    result["second_turn"] = figures = second_turn(subject, 600)
-    print_table("second turn of a conversation, time to first token", tuple(figures), [list(figures.values())])
-
-    result["peers"] = peers(arguments)
-    if not result["peers"]:
-        print("\npeers: none installed (bench/peers.py says how)")
-        return result
-    result["against_peers"] = ratios = against_peers(result)
-    table = [[f"{r['task']}, {r['peer']}", r["ratio"], r["wanted"] or ""] for r in ratios]
-    print_table("ours over the peer's (of llama.cpp the quicker file)", ("", "ratio", "wanted"), table)
+    if arguments.parts != ["peers"]:
+        alone(Subject(arguments), arguments, result)
+    if "peers" in arguments.parts:
+        result["peers"] = figures = peers(arguments)
+        if figures:
+            against.show(figures)
+        else:
+            print("\npeers: none installed (bench/peers.py says how)")
     return result
+
+
+def alone(subject: Subject, arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """What concerns the engine alone, into `result`."""
+    if "decode" in arguments.parts:
+        result["decode"] = {str(count): decoding(subject, count, arguments) for count in arguments.rows}
+        title = f"{arguments.model} {arguments.variant}, {arguments.threads} threads: decode, tokens/s in all"
+        table = [[count, *values.values()] for count, values in result["decode"].items()]
+        print_table(title, ("sequences", "bare loop", "engine", "engine / bare"), table)
+        _print_gains(result["decode"], arguments.rows)
+        speed = result["decode"][str(min(arguments.rows))]["engine_tokens_per_s"]
+        result["bandwidth"] = bandwidth(subject.variant.weights_bytes, speed, arguments.threads)
+    if "prefill" in arguments.parts:
+        result["prefill"] = figures = prefill(subject, arguments)
+        print_table("prefill, tokens/s", tuple(figures), [list(figures.values())])
+    if "stall" in arguments.parts:
+        case = stalls.case(
+            arguments.model, arguments.variant, arguments.store, arguments.threads, streams=arguments.streams,
+            long=arguments.long_prompt,
+        )  # fmt: skip
+        result["stall"] = stalls.measure(case, arguments.stalls)
+    if "turn" in arguments.parts:
+        result["second_turn"] = figures = second_turn(subject, 600)
+        print_table("second turn of a conversation, time to first token", tuple(figures), [list(figures.values())])
+
+
+def bandwidth(weights_bytes: int, tokens_per_s: float, threads: int) -> dict[str, float]:
+    """What memory allows where each token reads all weights once, and the share of it that decoding reaches."""
+    read = read_bytes_per_s(threads)
+    limit = read / weights_bytes
+    print(
+        f"memory: {read / 1e9:.1f} GB/s read by {threads} threads, {weights_bytes / 1e6:.0f} MB of weights a token:"
+        f" at most {limit:.0f} tokens/s; decoding reaches {tokens_per_s / limit:.2f} of that"
+    )
+    return {
+        "read_bytes_per_s": read, "weights_bytes": weights_bytes, "limit_tokens_per_s": limit,
+        "ratio": tokens_per_s / limit,
+    }  # fmt: skip
 
 
 def _print_gains(rows: dict[str, dict[str, float]], counts: list[int]) -> None:
@@ -284,21 +265,30 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="model store; the user's own when left out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--prefill-tokens", type=int, default=512)
+    parser.add_argument("--prefill-tokens", type=int, default=512, help="0: no prefill against peers")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--streams", type=int, default=7)
     parser.add_argument("--long-prompt", type=int, default=1500)
     parser.add_argument("--stalls", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measure these alone")
+    parser.add_argument("--rounds", type=int, default=4, help="of the engine and its peers in turns, each opening")
+    parser.add_argument("--openings", type=int, default=3, help="how often the engine and its peers are opened anew")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--peers", type=Path, default=peers_module.PEERS, help="where bench/peers.py's commands put them"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments)
+        return
     result = measure(arguments)
     if arguments.json:
         write_json(arguments.json, result)
+    if not result.get("stall", {}).get("held", True):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.workers.engine.batcher import Batcher, Failed, Finished, Request
 from services.workers.engine.energy import ModelMeter
+from services.workers.engine.joint import joined
 from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine.schedule import Schedule
 from services.workers.engine.session import open_session
@@ -22,14 +25,18 @@ from tests.tiny import tiny_fp32
 
 CPU = Device(kind="cpu", name="cpu", threads=1)
 SLOTS, EXTRA, CONTEXT = 3, 1, 96
-Model = tuple[Path, Manifest, object]
+Model = tuple[Path, Manifest, Any, Any]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("model")
     manifest = tiny_fp32(folder, CONTEXT)
-    return folder, manifest, open_session(folder / "fp32" / "model.onnx", CPU, 1)
+    graph = folder / "fp32" / "model.onnx"
+    joint = joined(onnx.load(str(graph), load_external_data=False))
+    assert joint is not None
+    together = open_session(graph, CPU, 1, graph=joint.SerializeToString())
+    return folder, manifest, open_session(graph, CPU, 1), together
 
 
 def make(
@@ -39,12 +46,17 @@ def make(
     capacity: int | None = None,
     timer: Callable[[], float] | None = None,
     min_shared: int = 4,
+    joint: bool = False,
 ) -> Batcher:
-    runner = SharedKvRunner(model[2], SLOTS + EXTRA, CONTEXT, CPU, on_device=on_device)  # type: ignore[arg-type]
+    runner = SharedKvRunner(
+        model[2], SLOTS + EXTRA, CONTEXT, CPU, on_device=on_device, joint=model[3] if joint else None
+    )
     schedule = Schedule(
         SLOTS, compact=runner.compact, extra_rows=EXTRA, capacity_tokens=capacity, min_shared=min_shared
     )
-    more = {"timer": timer} if timer else {}
+    more: dict[str, Any] = {"timer": timer} if timer else {}
+    if joint:
+        more["prefill_chunk"] = 8  # more is read in several steps, and so with what decodes
     text = Text(model[0], model[1].tokenizer)
     return Batcher(
         runner, text, slots=SLOTS, context=CONTEXT, meter=ModelMeter(1, 1, 1), schedule=schedule, **more
@@ -85,15 +97,16 @@ turns = st.fixed_dictionaries({
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(turns, min_size=1, max_size=8),
-    st.booleans(),
+    st.sampled_from(["apart", "joint", "on a device"]),
     st.sampled_from([None, CONTEXT, 2 * CONTEXT]),
     st.integers(0, 2**16),
 )
 def test_any_schedule_gives_the_tokens_of_a_solo_run(
-    model: Model, plan: list[dict[str, object]], on_device: bool, capacity: int | None, seed: int
+    model: Model, plan: list[dict[str, object]], way: str, capacity: int | None, seed: int
 ) -> None:
-    """Ragged lengths, late joins, prompts read in pieces of any size, shared and continued beginnings taken from the
-    cache, priorities, cancellations, memory for one or for all, rows moved on the host or on a device."""
+    """Ragged lengths, late joins, prompts read in pieces of any size, in passes of their own or in one with decoding,
+    shared and continued beginnings taken from the cache, priorities, cancellations, memory for one or for all, rows
+    moved on the host or on a device."""
     source = random.Random(seed)
     time_s = 0.0
 
@@ -102,7 +115,7 @@ def test_any_schedule_gives_the_tokens_of_a_solo_run(
         time_s += source.choice([0.0001, 0.001, 0.01])
         return time_s
 
-    batcher = make(model, on_device=on_device, capacity=capacity, timer=timer)
+    batcher = make(model, on_device=way == "on a device", capacity=capacity, timer=timer, joint=way == "joint")
     prompts: dict[str, list[int]] = {}
     ended: dict[str, Finished] = {}
     waiting, cancelled, step, cached = list(enumerate(plan)), set(), 0, 0
@@ -158,3 +171,37 @@ def test_what_was_read_once_is_not_read_again(model: Model, on_device: bool) -> 
     again = ask("c", [*SYSTEM[1], 9, 8, 7, *first.tokens, 5, 6])
     assert again.tokens_cached == len(SYSTEM[1]) + 3 + len(first.tokens) - 1  # the last token was never fed back
     assert ask("d", [*SYSTEM[1], 9, 8, 7, *first.tokens, 5, 6]).tokens == again.tokens
+
+
+def test_a_prompt_is_read_with_the_decoding_beside_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a joint graph, a long prompt among running streams takes no passes of its own, and all tokens are
+    those of solo runs."""
+    batcher = make(model, joint=True)
+    runner = batcher._runner
+    passes: list[tuple[str, int]] = []
+
+    def counted(name: str) -> None:
+        run = getattr(runner, name)
+
+        def wrapper(*arguments: object, **more: object) -> object:
+            passes.append((name, len(arguments[1]) if name != "decode" else 0))  # type: ignore[arg-type]
+            return run(*arguments, **more)
+
+        monkeypatch.setattr(runner, name, wrapper)
+
+    prompts = {"a": [5, 6, 7], "b": [9, 8], "long": [20 + i for i in range(70)]}
+    for name in ("a", "b"):
+        batcher.add(request(name, prompts[name], 80))
+    ends: dict[str, Finished] = {}
+    for _ in range(4):
+        batcher.step()
+    for name in ("prefill", "join", "decode"):
+        counted(name)
+    batcher.add(request("long", prompts["long"], 10))
+    while batcher.active:
+        ends |= {e.id: e for e in batcher.step() if isinstance(e, Finished)}
+    assert sum(size for name, size in passes if name == "join") == len(prompts["long"])
+    assert not [name for name, _ in passes if name == "prefill"]
+    for name, end in ends.items():
+        assert end.tokens == solo(model, prompts[name], len(end.tokens))
+    assert ends["long"].energy_in_j > 0

@@ -117,6 +117,15 @@ class _Sequence:
     energy_out_j: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a prompt that are to be read behind its first `start`."""
+
+    sequence: str
+    tokens: list[int]
+    start: int
+
+
 class Batcher:
     """Generates for up to `slots` sequences at once over one runner."""
 
@@ -223,10 +232,10 @@ class Batcher:
         if self._sequences:
             with self._gate:
                 self._counted_j = self._meter.read_j()
-                self._read()
+                piece = self._read()
                 self._apply([])
                 if self._schedule.span:
-                    self._decode()
+                    self._decode(piece)
         came, self._came = self._came, []
         return came
 
@@ -261,27 +270,45 @@ class Batcher:
         before_j, self._counted_j = self._counted_j, self._meter.read_j()
         return self._counted_j - before_j
 
-    def _read(self) -> None:
-        """Read pieces of prompts, of several when they are short, within the time that `Pace` allows."""
+    def _read(self) -> _Piece | None:
+        """Read pieces of prompts, of several when they are short, within the time that `Pace` allows; what is to be
+        read with the decoding that follows is returned."""
         left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
+        apart = False
         while True:
             sequence, moves = self._schedule.next_prefill(self._clock())
             if sequence is None:
-                return
+                return None
             began = self._timer()
             self._apply(moves)
-            self._read_piece(sequence, self._pace.chunk(left_s))
+            state = self._sequences[sequence]
+            if not state.admitted_at:
+                state.admitted_at = self._clock()
+                state.tokens_cached = self._schedule.reused[sequence]
+            most = self._pace.chunk(left_s)
+            piece = None if apart else self._joined(sequence, most)
+            if piece is not None:
+                return piece
+            self._read_piece(sequence, most)
+            apart = True
             left_s -= self._timer() - began
             unfinished = sequence in self._sequences and not self._sequences[sequence].tokens
             if unfinished or not self._pace.enough(left_s):
-                return
+                return None
+
+    def _joined(self, sequence: str, most: int) -> _Piece | None:
+        """What of a prompt to read in one pass with those that decode. A prompt that can be read at once, apart, is:
+        so can the next one in the same step."""
+        state, start, rows = self._sequences[sequence], len(self._schedule.tokens(sequence)), self._schedule.span
+        first = start == state.tokens_cached
+        if not (self._runner.joins and rows) or state.adapter or (first and len(state.prompt) - start <= most):
+            return None
+        tokens = self._pace.joined(rows, contended=self._gate.contended, first=first)
+        return _Piece(sequence, state.prompt[start : start + tokens], start)
 
     def _read_piece(self, sequence: str, most: int) -> None:
         state, schedule = self._sequences[sequence], self._schedule
         held = schedule.tokens(sequence)
-        if not state.admitted_at:
-            state.admitted_at = self._clock()
-            state.tokens_cached = schedule.reused[sequence]
         start = len(held)
         piece = state.prompt[start : start + most]
         self._adapters.select([state.adapter])
@@ -295,15 +322,17 @@ class Batcher:
         self._apply(schedule.prefilled(sequence))
         self._take(np.asarray(logits)[None], [sequence])
 
-    def _decode(self) -> None:
+    def _decode(self, piece: _Piece | None) -> None:
         schedule = self._schedule
-        if len(schedule.decoding) == 1:
+        if piece is None and len(schedule.decoding) == 1:
             alone = schedule.decoding[0]
             draft = self._draft(self._sequences[alone])
             if draft:
                 self._verify(alone, draft)
                 return
         began = self._timer()
+        after: Logits | None = None
+        """Logits behind a prompt that has been read to its end."""
         tokens, lengths, adapters = [], [], []
         decoding: list[tuple[int, str]] = []
         for index, row in enumerate(schedule.rows[: schedule.span]):
@@ -317,12 +346,22 @@ class Batcher:
                 adapters.append(self._sequences[row.owner].adapter)
             lengths.append(len(row.tokens))
         self._adapters.select(adapters)
-        logits = self._runner.decode(tokens, lengths)
-        seconds = self._timer() - began
-        self._pace.has_decoded(len(decoding), seconds)
-        if len(decoding) == 1:
-            self._widths.took(0, seconds)
-        share = self._charge_j() / len(decoding)
+        if piece is None:
+            logits = self._runner.decode(tokens, lengths)
+            seconds = self._timer() - began
+            self._pace.has_decoded(len(decoding), seconds)
+            if len(decoding) == 1:
+                self._widths.took(0, seconds)
+            share = self._charge_j() / len(decoding)
+        else:
+            reader, target = self._sequences[piece.sequence], schedule.row_of(piece.sequence)
+            ends = piece.start + len(piece.tokens) == len(reader.prompt)
+            logits = self._runner.join(target, piece.tokens, piece.start, tokens, lengths, ends=ends)
+            self._pace.has_joined(len(piece.tokens), len(decoding), self._timer() - began)
+            share = self._charge_j() / (len(piece.tokens) + len(decoding))
+            reader.energy_in_j += share * len(piece.tokens)
+            schedule.rows[target].tokens += piece.tokens
+            after, logits = (logits[:1], logits[1:]) if ends else (None, logits)
         for index, sequence in decoding:
             schedule.rows[index].tokens.append(tokens[index] + APART * adapters[index])
             state = self._sequences[sequence]
@@ -331,6 +370,9 @@ class Batcher:
             state.energy_out_j += share
         rows = [index for index, _ in decoding]
         self._take(logits if len(rows) == len(tokens) else logits[rows], [s for _, s in decoding])
+        if piece is not None and after is not None:
+            self._apply(schedule.prefilled(piece.sequence))
+            self._take(after, [piece.sequence])
 
     def _draft(self, state: _Sequence) -> list[int]:
         """Guesses worth verifying; never more than the answer may still have beside the token that is certain."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 import psutil
 
-from services.workers.engine import shared_weights
+from services.workers.engine import joint, shared_weights
 from services.workers.engine.batcher import Batcher
 from services.workers.engine.energy import Meter
 from services.workers.engine.gate import Gate
@@ -40,6 +40,8 @@ class Opened:
     text: Text
     stack: Stack
     load_s: float
+    joint: ort.InferenceSession | None = None
+    """Over the same weights, to read prompts in one pass with decoding; there where the weights are shared."""
 
     @property
     def provider(self) -> str:
@@ -56,19 +58,20 @@ def open_model(
         DeviceUnavailable, UnsupportedModel: see `variant_for` and `open_session`.
     """
     began = time.perf_counter()
+    _map_large_blocks()
     variant = variant_for(manifest, spec.variant, device)
     if variant.layout in ("encoder", "static"):
         raise UnsupportedModel(f"{spec.model} is an embedding model.", "Name a generator in the fleet file.")
     model = folder / variant.path / "model.onnx"
     stack = _stack(folder.parent, spec, variant)
     graph = adapted(model, stack) if spec.adapters else None
-    session = None
+    session = together = None
     if caches and graph is None and device.kind == "cpu":
-        session = _shared(caches, spec.name, model, variant.weights_bytes, device)
+        session, together = _shared(caches, spec.name, model, variant.weights_bytes, device)
     session = session or open_session(model, device, device.threads, graph=graph)
     text = Text(folder, manifest.tokenizer)
     give_back()
-    return Opened(spec, device, session, variant.layout == "concat", text, stack, time.perf_counter() - began)
+    return Opened(spec, device, session, variant.layout == "concat", text, stack, time.perf_counter() - began, together)
 
 
 def variant_for(manifest: Manifest, name: str, device: Device) -> Variant:
@@ -117,7 +120,7 @@ def start(opened: Opened, meter: Meter, *, clock: Callable[[], float] = time.tim
     elif opened.concat:
         runner = ConcatRunner(session, rows)
     else:
-        runner = SharedKvRunner(session, rows, spec.context, device)
+        runner = SharedKvRunner(session, rows, spec.context, device, joint=opened.joint)
     schedule = None
     if shared:
         schedule = Schedule(
@@ -137,6 +140,18 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 16 << 20
+
+
+def _map_large_blocks() -> None:
+    """Have large blocks mapped one by one, so that freeing one gives it back. Otherwise glibc stops doing so for blocks
+    as large as the first that was freed, and what a second session takes for a moment (28 MB of SmolLM2-135M) stays at
+    the end of this thread's heap, where `malloc_trim` does not reach: 36 MB an engine."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
 def measured_bytes() -> int:
     """Memory of this process, its part of what it shares with others included where the system tells."""
     with contextlib.suppress(psutil.Error, AttributeError):
@@ -149,6 +164,7 @@ def pack(caches: Sequence[Path], name: str, model: Path, weights_bytes: int, dev
 
     def make(target: Path) -> None:
         open_session(model, device, device.threads, save_to=target)
+        joint.write(target)
         give_back()
 
     return shared_weights.find_or_make(caches, name, model, weights_bytes, make)
@@ -156,16 +172,19 @@ def pack(caches: Sequence[Path], name: str, model: Path, weights_bytes: int, dev
 
 def _shared(
     caches: Sequence[Path], name: str, model: Path, weights_bytes: int, device: Device
-) -> ort.InferenceSession | None:
-    """A session over weights that all engines on this host map; None when that cannot be had."""
+) -> tuple[ort.InferenceSession | None, ort.InferenceSession | None]:
+    """A session over weights that all engines on this host map, and one over the joint graph; None for what cannot be
+    had."""
     graph = pack(caches, name, model, weights_bytes, device)
     if graph is None:
-        return None
+        return None, None
     try:
-        return open_session(graph, device, device.threads, optimised=True)
+        session = open_session(graph, device, device.threads, optimised=True)
+        other = graph.with_name(joint.FILE)
+        return session, open_session(other, device, device.threads, optimised=True) if other.is_file() else None
     except UnsupportedModel:  # a damaged entry
         shutil.rmtree(graph.parent, ignore_errors=True)
-        return None
+        return None, None
 
 
 def _stack(store: Path, spec: ArtifactSpec, variant: Variant) -> Stack:

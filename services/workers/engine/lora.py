@@ -114,8 +114,8 @@ class AdaptedRunner(SharedKvRunner):
             for side, array in zip("ab", sides, strict=True)
         }
 
-    def _bind_cache(self, binding: Any, row: int, rows: int) -> None:
-        super()._bind_cache(binding, row, rows)
+    def _bind_cache(self, binding: Any, row: int, rows: int, prefix: str = "") -> None:
+        super()._bind_cache(binding, row, rows, prefix)
         for name, value in self._tensors.items():
             binding.bind_ortvalue_input(name, value)
 

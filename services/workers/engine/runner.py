@@ -9,6 +9,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from services.workers.engine.cache import Cache, DeviceCache, HostCache
+from services.workers.engine.joint import PARTS, READING
 from services.workers.engine.schedule import Copy, Move, Release, Swap
 from shared.errors import UnsupportedModel
 from shared.messages import Device
@@ -30,6 +31,8 @@ class Runner(Protocol):
     """Memory of a row is taken by so many tokens at once."""
     verifies: bool
     """It can give the logits behind each of several tokens at once."""
+    joins: bool
+    """It can read a piece of a prompt in one pass with a decode step."""
 
     def prefill(self, row: int, tokens: list[int], start: int) -> Logits:
         """Read `tokens` into `row` behind its first `start`; logits [vocab] after the last of them."""
@@ -41,6 +44,12 @@ class Runner(Protocol):
     def verify(self, row: int, tokens: list[int], start: int) -> Logits:
         """Read `tokens` into `row` behind its first `start`; logits [n, vocab] after each of them, good until the next
         call."""
+
+    def join(
+        self, row: int, piece: list[int], start: int, tokens: list[int], lengths: list[int], *, ends: bool
+    ) -> Logits:
+        """Read `piece` into `row` behind its first `start` and decode as `decode` does, of rows other than `row`;
+        logits [n, vocab] of `decode`, before them those after the piece when it `ends` a prompt [1 + n, vocab]."""
 
     def apply(self, move: Move) -> None:
         """Copy, exchange or release what lies in rows of the cache."""
@@ -55,12 +64,22 @@ class SharedKvRunner:
     """
 
     def __init__(
-        self, session: ort.InferenceSession, rows: int, context: int, device: Device, *, on_device: bool | None = None
+        self,
+        session: ort.InferenceSession,
+        rows: int,
+        context: int,
+        device: Device,
+        *,
+        on_device: bool | None = None,
+        joint: ort.InferenceSession | None = None,
     ) -> None:
-        """`on_device`: drive the cache as memory that this process cannot touch, as on a GPU (the default there)."""
+        """`on_device`: drive the cache as memory that this process cannot touch, as on a GPU (the default there).
+        `joint`: over the joint graph (`engine.joint`) of the session's."""
         self._session = session
+        self._joint = joint
         on_device = device.kind == "cuda" if on_device is None else on_device
         self.compact = not on_device
+        self.joins = joint is not None and self.compact  # else free rows lie between, of which one reads
         inputs = {i.name: i for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
         past = [name for name in inputs if name.startswith("past")]
@@ -83,13 +102,14 @@ class SharedKvRunner:
         bound once and filled in place."""
         self._decoding: dict[int, tuple[Any, dict[str, NDArray[Any]], Logits]] = {}
         self._verified: dict[int, Logits] = {}
+        self._joined: dict[tuple[int, int], tuple[Any, Logits]] = {}
 
-    def _bind_cache(self, binding: Any, row: int, rows: int) -> None:
+    def _bind_cache(self, binding: Any, row: int, rows: int, prefix: str = "") -> None:
         cache = self.cache
         for past, present in self._pairs:
             shape, pointer = [rows, *cache.shape(past)], cache.pointer(past, row)
-            binding.bind_input(past, *cache.where, self._dtype, shape, pointer)
-            binding.bind_output(present, *cache.where, self._dtype, shape, pointer)
+            binding.bind_input(prefix + past, *cache.where, self._dtype, shape, pointer)
+            binding.bind_output(prefix + present, *cache.where, self._dtype, shape, pointer)
 
     def _bind_step(self, binding: Any, arrays: dict[str, NDArray[Any]]) -> None:
         for name, array in arrays.items():
@@ -156,9 +176,37 @@ class SharedKvRunner:
                 arrays["position_ids"][:, 0] = lengths
         else:
             ids = np.array(tokens, np.int64)[:, None]
-            self._bind_step(binding, self._inputs(ids, np.array(lengths, np.int64)))
+            arrays = self._inputs(ids, np.array(lengths, np.int64))  # bound by address: they must outlive the run
+            self._bind_step(binding, arrays)
         self._session.run_with_iobinding(binding)
         return np.asarray(logits[:, -1], dtype=np.float32)
+
+    def join(
+        self, row: int, piece: list[int], start: int, tokens: list[int], lengths: list[int], *, ends: bool
+    ) -> Logits:
+        assert self._joint is not None
+        rows = len(tokens)
+        if (row, rows) not in self._joined:  # the row changes with the prompt, and the number when a stream ends
+            self._joined.clear()
+            binding = self._joint.io_binding()
+            self._bind_cache(binding, 0, rows)
+            self._bind_cache(binding, row, 1, READING)
+            self._joined[row, rows] = (binding, np.empty((1 + rows, self.vocab), self._logits_dtype))
+        binding, logits = self._joined[row, rows]
+        logits = logits[0 if ends else 1 :]
+        binding.bind_output("logits", "cpu", 0, self._logits_dtype, [1, *logits.shape], logits.ctypes.data)
+        arrays: dict[str, NDArray[Any]] = {
+            "input_ids": np.array([[*piece, *tokens]], np.int64),
+            _LOGITS_FROM: np.array([-len(logits)], np.int64),
+            PARTS: np.array([len(piece), rows], np.int64),
+            "seqlens_k": np.array(lengths, np.int32),
+            "total_sequence_length": np.array(max(lengths) + 1, np.int32),
+            f"{READING}seqlens_k": np.array([start + len(piece) - 1], np.int32),
+            f"{READING}total_sequence_length": np.array(start + len(piece), np.int32),
+        }
+        self._bind_step(binding, arrays)
+        self._joint.run_with_iobinding(binding)
+        return np.asarray(logits, dtype=np.float32)
 
     def apply(self, move: Move) -> None:
         self.cache.apply(move)
@@ -169,7 +217,7 @@ class ConcatRunner:
 
     compact = True
     granule = 1
-    verifies = False
+    verifies = joins = False
 
     def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         self._session = session
@@ -202,6 +250,11 @@ class ConcatRunner:
 
     def verify(self, row: int, tokens: list[int], start: int) -> Logits:
         raise NotImplementedError("plain exports give the logits of the last token")
+
+    def join(
+        self, row: int, piece: list[int], start: int, tokens: list[int], lengths: list[int], *, ends: bool
+    ) -> Logits:
+        raise NotImplementedError("plain exports run each sequence alone")
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
         return np.stack([self._run(row, [t], n) for row, (t, n) in enumerate(zip(tokens, lengths, strict=True))])

@@ -29,6 +29,8 @@ import onnxruntime as ort
 from shared.settings import WORTH_PACKING_BYTES
 
 GRAPH = "model.onnx"
+_LAYOUT = "2"
+"""Of an entry: what it holds beside the graph and the weights (the joint graph, since 2)."""
 LEAST_BYTES = WORTH_PACKING_BYTES
 ROOM = 3.0
 """Free disk space wanted, in times the weights: the file holds them as they are and packed."""
@@ -107,7 +109,7 @@ def _key(model: Path) -> str:
     for file in sorted(model.parent.iterdir()):
         facts = file.stat()
         digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    digest.update(f"{model.parent.resolve()} {ort.__version__} {cpu_features()}".encode())
+    digest.update(f"{_LAYOUT} {model.parent.resolve()} {ort.__version__} {cpu_features()}".encode())
     return digest.hexdigest()[:16]
 
 
