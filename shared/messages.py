@@ -63,8 +63,8 @@ class ExpectChoice(_Public, frozen=True, kw_only=True, tag_field="kind", tag="ch
     """The answer must name one of these, as in "The answer is (C)" or "Yes, because ..."."""
 
     of: Annotated[list[Annotated[str, Meta(min_length=1, max_length=100)]], Meta(min_length=2, max_length=64)]
-    """A single letter or digit is found as it is written, and only where it is marked as a choice; longer ones are found
-    in upper and lower case alike."""
+    """A single letter or digit is found as it is written, and only where it is marked as a choice; longer ones are
+    found in upper and lower case alike."""
 
 
 class ExpectNumber(_Public, frozen=True, kw_only=True, tag_field="kind", tag="number"):
@@ -218,8 +218,8 @@ class Reading(_Public, frozen=True, kw_only=True):
     """The choice as the query wrote it, the number in plain digits, the JSON text, or the piece of text contained; null
     when nothing could be read."""
     why: str
-    """How it was found (`announced`, `alone`, `first`, `only`, `last`, `whole`, `fenced`, `within`, `contained`), or why
-    not (`nothing`, `several`, `cut_off`, `no_json`, `keys_missing`)."""
+    """How it was found (`announced`, `alone`, `first`, `only`, `last`, `whole`, `fenced`, `within`, `contained`), or
+    why not (`nothing`, `several`, `cut_off`, `no_json`, `keys_missing`)."""
 
 
 class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):

@@ -1,8 +1,8 @@
 """Whether an answer can be read: what a query (or a card) expects of it, and what is found. Pure.
 
-`read` never raises and takes time linear in the answer. It looks for no expressions of users' own: one of those may take
-for ever, in the event loop of an engine. The patterns here are fixed, without nested repetition; what users give is
-matched as it is written.
+`read` never raises and takes time linear in the answer. It looks for no expressions of users' own: one of those may
+take for ever, in the event loop of an engine. The patterns here are fixed, without nested repetition; what users give
+is matched as it is written.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _ANNOUNCED = re.compile(
 
 def _lead(more: str) -> re.Pattern[str]:
     """Punctuation, and up to three small words, between an announcement and what is announced."""
-    dress = rf"[\s:=*_`\"'“”‘’(\[{{$\\,{more}]*"
+    dress = rf"[\s:=*_`\"'\u2018-\u201f(\[{{$\\,{more}]*"
     words = "option|choice|letter|number|the|boxed|text|mathbf|about|approximately"
     return re.compile(rf"{dress}(?:(?:{words})\b{dress}){{0,3}}", re.IGNORECASE)
 
 
-_BEFORE_CHOICE, _BEFORE_NUMBER = _lead(r"\-–"), _lead("€£≈~")
+_BEFORE_CHOICE, _BEFORE_NUMBER = _lead(r"\-\u2013"), _lead("€£≈~")
 _NUMBER = re.compile(
-    r"(?<![\w.])([-−+]?)((?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
+    r"(?<![\w.])([-\u2212+]?)((?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 )
-_EDGES = " \t\r\n*_`\"'“”‘’()[]{}$.!,:;"
+_EDGES = " \t\r\n*_`\"'\u2018\u2019\u201c\u201d()[]{}$.!,:;"
 
 
 def read(text: str, expect: m.Expect, *, cut: bool = False) -> m.Reading:
@@ -128,7 +128,7 @@ class _Choices:
     def first(self, text: str) -> str | None:
         """The long choice that the answer begins with, when a mark or a line's end follows."""
         match = self._words.match(text) if self._words is not None else None
-        if match is None or (match.end() < len(text) and text[match.end()] not in ".,:;!)]*\r\n-–"):
+        if match is None or (match.end() < len(text) and text[match.end()] not in ".,:;!)]*\r\n-\u2013"):
             return None
         return self.name(match.group())
 
@@ -203,7 +203,7 @@ def _json(text: str, keys: list[str]) -> m.Reading:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str]]:
-    """At most three pieces that may be JSON: all of it, the last fenced block, and from the first bracket to the last."""
+    """At most three pieces that may be JSON: all, the last fenced block, and from the first bracket to the last."""
     yield text.strip(), "whole"
     end = text.rfind("```")
     begin = text.rfind("```", 0, max(end, 0))
@@ -223,4 +223,4 @@ def _contains(text: str, any_of: list[str]) -> m.Reading:
 
 def _plain(number: re.Match[str]) -> str:
     """In digits, without what groups them."""
-    return ("-" if number[1] in ("-", "−") else "") + number[2].replace(",", "")
+    return ("-" if number[1] in ("-", "\u2212") else "") + number[2].replace(",", "")

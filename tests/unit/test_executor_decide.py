@@ -40,16 +40,16 @@ def test_a_query_s_own_system_prompt_stands() -> None:
 
 def test_fallback_goes_to_the_next_card_on_another_artifact() -> None:
     """After an engine failed, the next rank on a different artifact is tried, and then no more."""
-    assert attempts.after_failure(_failed("engine_failed"), CARDS, lambda _a: True) == 2
-    assert attempts.after_failure(_failed("engine_failed", rank=2), CARDS, lambda _a: True) is None
+    assert attempts.after_failure(_failed("engine_failed"), CARDS, lambda _a: True, 0.0) == 2
+    assert attempts.after_failure(_failed("engine_failed", rank=2), CARDS, lambda _a: True, 0.0) is None
 
 
 def test_failures_that_another_model_would_share_are_final() -> None:
     """An expired deadline is not tried elsewhere; a context too short is, where there is a longer one."""
-    assert attempts.after_failure(_failed("deadline_expired"), CARDS, lambda _a: True) is None
-    assert attempts.after_failure(_failed("context_exceeded"), CARDS, lambda _a: True) is None
+    assert attempts.after_failure(_failed("deadline_expired"), CARDS, lambda _a: True, 0.0) is None
+    assert attempts.after_failure(_failed("context_exceeded"), CARDS, lambda _a: True, 0.0) is None
     longer = {**CARDS, "two": card("two", spec("y-int8", context=9000))}
-    assert attempts.after_failure(_failed("context_exceeded"), longer, lambda _a: True) == 2
+    assert attempts.after_failure(_failed("context_exceeded"), longer, lambda _a: True, 0.0) == 2
 
 
 def test_resting_artifacts_are_passed_over_while_there_is_another() -> None:

@@ -115,8 +115,8 @@ EXPECTS = st.one_of(
 PIECES = st.lists(
     st.one_of(
         st.text(max_size=10),
-        st.sampled_from(["the answer is ", "(A)", "**B**", "#### ", "-1,234.5", "```json\n", "```", "{", "}", "[", "\\boxed{",
-                         "answer", " ", "\n", "yes", '"a": 1', "\ud800", "\x00", "İ"]),
+        st.sampled_from(["the answer is ", "(A)", "**B**", "#### ", "-1,234.5", "```json\n", "```", "{", "}", "[",
+                         "\\boxed{", "answer", " ", "\n", "yes", '"a": 1', "\ud800", "\x00", "İ"]),
     ),
     max_size=30,
 )  # fmt: skip
@@ -153,9 +153,9 @@ def test_an_announced_choice_is_read_whatever_it_is(words: list[str], data: st.D
     assert read(f"Well. The answer is: {word}\nand so on", expect).value is not None
 
 
-
-
-@pytest.mark.parametrize("piece", ["answer is ", "####", "[", "{", "```", "(A", "**", "1,", " ", "\\boxed{", "answer    "])
+@pytest.mark.parametrize(
+    "piece", ["answer is ", "####", "[", "{", "```", "(A", "**", "1,", " ", "\\boxed{", "answer    "]
+)
 @pytest.mark.parametrize("expect", [LETTERS, WORDS, m.ExpectNumber(), m.ExpectJson(keys=["a"])])
 def test_answers_made_to_be_slow_are_not(piece: str, expect: m.Expect) -> None:
     """Half a million characters of what a bad pattern takes for ever over; the test's own time-out is the bound."""

@@ -142,7 +142,7 @@ def _check_expected(query: m.Query, cards: Mapping[str, m.Card]) -> None:
         raise InvalidQuery(*wrong)
     if query.retries and query.expect is None and not any(card.expect for card in cards.values()):
         raise InvalidQuery(
-            "`retries` asks for another model when an answer cannot be read, and nothing says what is to be read in it.",
+            "`retries` asks for another model when an answer cannot be read; nothing says what is to be read in it.",
             reading.REMEDY,
         )
     if query.retries and query.model is not None:
