@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from shared import messages as m
+from shared import reading
 from shared.errors import FleetFileInvalid, ModelMissing
 from shared.models.fleet import (
     AdapterSection,
@@ -122,6 +123,7 @@ def policy(fleet: FleetFile) -> m.Policy:
         w_energy=qos.w_energy,
         latency_slo_s=qos.latency_slo_s,
         energy_ref_j=qos.energy_ref_j,
+        retries=qos.retries,
         min_residence_s=residency.min_residence_s,
         idle_evict_s=residency.idle_evict_s,
         max_wait_s=residency.max_wait_s,
@@ -172,6 +174,7 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
                 top_p=card.top_p,
                 top_k=card.top_k,
                 parameters_b=manifest.architecture.parameters / 1e9,
+                expect=card.expect,
             )
         )
     return result
@@ -375,6 +378,8 @@ def _check_cards(fleet: FleetFile, problem: _Problem) -> None:
                 f"{card.max_tokens} tokens of answer leave no room for a prompt in a context of {model.context}.",
                 "Lower the card's max_tokens, or raise the model's context.",
             )
+        if card.expect is not None and (wrong := reading.problem(card.expect)) is not None:
+            raise problem.at(("cards", index, "expect"), *wrong)
 
 
 def _check_probes(fleet: FleetFile, problem: _Problem) -> None:
