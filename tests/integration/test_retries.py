@@ -130,7 +130,7 @@ async def test_no_more_models_are_asked_than_was_allowed(bus: Bus) -> None:
 
 @pytest.mark.usefixtures("executor")
 async def test_an_engine_that_fails_on_the_way_is_passed_over_and_the_answer_so_far_is_kept(bus: Bus) -> None:
-    """`other` fails and `third` is asked in its place; when that fails too, an unreadable answer is better than none."""
+    """`other` fails and `third` is asked in its place; when that fails too, an unreadable answer is given."""
     fleet = Fleet(bus, lambda work: "I cannot say." if work.card == "plain" else "!")
     answer = await fleet.ask(retries=1)
     assert [work.card for work in fleet.works] == ["plain", "other", "third"]

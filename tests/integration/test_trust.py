@@ -239,7 +239,7 @@ async def test_whether_answers_could_be_read_teaches_planners_without_any_judgem
     bus: Bus, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every third answer of alpha is retried with beta: the end of such a query teaches of both. Answers that nothing
-    was expected of teach nothing; nor does the judgement of an unreadable answer, for it is known to be worth nothing."""
+    was expected of teach nothing; nor do judgements of unreadable ones, for they are known to be worth nothing."""
     monkeypatch.setattr(trust, "READINGS_S", 0.0)
     monitor = await start_monitor(settings, Store("small"))
     view = ControlView(bus)
