@@ -169,6 +169,9 @@ async def test_choices_are_read_in_answers_and_another_model_is_asked_where_none
         assert "not readable" in streamed
         refused = await up.run(*CALM, "ask", question, "--expect", "choice:A,a", status=1)
         assert "cannot be told apart" in refused
+        url = (tmp_path / "run" / "nats_url").read_text()
+        example = (ROOT / "examples" / "expect.py").read_text().replace("nats://127.0.0.1:4222", url)
+        assert " by smollm2" in await up.run(sys.executable, "-c", example)
 
 
 async def _nothing_left(home: Path) -> None:
