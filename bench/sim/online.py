@@ -28,10 +28,10 @@ from bench.sim.data import Outcomes, load_outcomes
 from bench.sim.embed import embed
 from services.simulator import fleet as fleets
 from shared.errors import CalmError
-from shared.learn import bandit
+from shared.learn import bandit, features
 from shared.learn.quality import BEGIN, Outcome, QualityModel
 from shared.learn.readable import ReadableQuality
-from shared.learn.topics import NESTED, Topics, clusters
+from shared.learn.topics import Topics, clusters
 
 Array = NDArray[Any]
 MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
@@ -39,6 +39,8 @@ MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
 
 TOPICS_AT = (40, 200, 1000)
 """Queries seen when topics are made (anew)."""
+COARSE = 4
+"""Topics by what queries are about, beside those by form."""
 DUEL = 0.5
 """Share of choices that go to a challenger."""
 
@@ -65,7 +67,8 @@ class Deaf:
 
 
 class Calm:
-    """Ours: top-two Thompson sampling over hierarchical regressions on clusters of the queries seen."""
+    """Ours: top-two Thompson sampling over hierarchical regressions on clusters of the queries seen, by what they are
+    about and by the form of their text."""
 
     def __init__(
         self, models: tuple[str, ...], x: Array, judge: Array, rng: np.random.Generator, *, hears: bool, duel: float
@@ -84,7 +87,7 @@ class Calm:
     def choose(self, row: int) -> int:
         self._seen.append(row)
         if len(self._seen) in TOPICS_AT:
-            self._retopic(clusters(self._x[self._seen], NESTED))
+            self._retopic(clusters(self._x[self._seen], COARSE, form=len(features.FORM)))
         normal = self._rng.standard_normal(bandit.shape_of(self._model))
         chances = bandit.distribution(self._model, self._x[row], normal, duel=self._duel)
         return bandit.choose(chances, self._rng.random()).model

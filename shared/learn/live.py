@@ -113,11 +113,12 @@ class Learner:
         """Learn from now on with these topics; what is kept is learned again."""
         prior = self.quality.prior if self.quality is not None else quality.prior
         self.topics_version += 1
-        fresh = QualityModel(self.cards, quality.topics, prior=prior)
+        believed = self.quality.believed if self.quality is not None else None
+        fresh = QualityModel(self.cards, quality.topics, prior=prior, believed=believed)
         width = len(quality.topics.centre)
         self.quality = fresh.with_topics(quality.topics, self._outcomes(width))
         prior = self.readable.prior if self.readable is not None else READABLE
-        fresh = QualityModel(self.cards, quality.topics, prior=prior)
+        fresh = QualityModel(self.cards, quality.topics, prior=prior, believed=READABLE)
         self.readable = fresh.with_topics(quality.topics, self._readings(width))
 
     def heard(self, card: str, x: Array, readable: bool, query_id: str) -> bool:
