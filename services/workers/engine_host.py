@@ -402,7 +402,8 @@ class EngineHost:
 
     async def _end_read(self, job: _Job, done: m.Done, *, resend: bool) -> None:
         """The end of an answer that was to be read: when it cannot be, an executor may ask another model."""
-        if not unread.may_go_on(job.work, done):
+        ended = resend and await self._bus.claimed(done.query_id) is not None
+        if ended or not unread.may_go_on(job.work, done):
             await self._bus.finish(done, resend=resend)
             return
         failed = unread.failed(job.work, done, self._clock())
