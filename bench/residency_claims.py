@@ -17,7 +17,7 @@ def claims(runs: Runs, lighter: Sequence[float]) -> list[tuple[str, float, str]]
     def less(a: str, b: str, key: str = "latency_s_mean") -> float:
         return 1.0 - float(runs[a][key]) / float(runs[b][key])
 
-    optimum = best(runs, "blind + ", 0.0)
+    optimum = best(runs, "blind + ", 0.0) or "blind + planned"
     calm = best(runs, "blind + ", PER_SWAP)
     found: list[tuple[str, float, str]] = []
     for ours in ("blind + planned", "blind + planned, patient", "joint + planned"):
