@@ -215,6 +215,12 @@ def _manifest(store: Manifests, name: str) -> Manifest:
         raise ModelMissing(error.message, "Fetch it with `calm models pull`.") from None
 
 
+_EXPECT = (
+    'Write { kind = "choice", of = ["A", "B"] }, { kind = "number" }, { kind = "json", keys = ["name"] } or'
+    ' { kind = "contains", any_of = ["yes"] }.'
+)
+
+
 class _Problem:
     """Makes errors that name the line."""
 
@@ -230,6 +236,8 @@ class _Problem:
         text, _, at = message.partition(" - at ")
         where = parse_path(at.strip("`"))
         name = _display(where)
+        if where[:1] == ("cards",) and "expect" in where:
+            return self.at(where[: where.index("expect") + 1], f"{name} is not what may be expected: {text}.", _EXPECT)
         if match := re.search(r"unknown field `(.+)`", text):
             known = _fields(where)
             near = difflib.get_close_matches(match[1], known, 1, 0.5)
