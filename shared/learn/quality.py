@@ -31,8 +31,8 @@ DETAIL = 0.5
 best model is made worse by its noise (0.464 and 0.467 without it, 0.466 and 0.466 with half, 0.464
 and 0.464 with all: two cross-validations of two folds)."""
 BEGIN = hierarchy.Prior(own_level=0.07, own_slope=0.1)
-"""Where nothing has been learned: models are believed to differ little, and by topic hardly more. Of a model whose first
-few answers were bad luck it is then not believed, and it is asked again (readable.WORTH)."""
+"""Where nothing has been learned: models are believed to differ little, and by topic hardly more. A few bad answers at
+first are then taken for bad luck, and the model is asked again (readable.WORTH)."""
 SWEEPS = 3
 REFIT_EVERY = 100
 """Outcomes between two choices of the prior by evidence, along with what was believed of it beforehand. Without that
@@ -201,9 +201,15 @@ class QualityModel:
             arrays |= {"detail_centre": self._detail[0], "detail_weights": self._detail[1]}
         return msgspec.msgpack.encode(
             _Stored(
-                VERSION, self.models, self.topics.temperature, self.prior, self._since, pack(arrays), self.topics.parts,
+                VERSION,
+                self.models,
+                self.topics.temperature,
+                self.prior,
+                self._since,
+                pack(arrays),
+                self.topics.parts,
                 self.believed,
-            )  # fmt: skip
+            )
         )
 
     @classmethod

@@ -26,8 +26,10 @@ NESTED = (4, 8)
 """Topics of a model that starts from nothing: a coarse partition beside a finer one, each adding up to 1. While
 outcomes are few the coarse one is learned first, for it pools more of them; later the finer one adds to it."""
 KINDS = 2
-"""Topics by form alone, where facts about the text's form are among the features: what separates models that an
-embedding does not show (of options that are numbers or not, one model is 13 points better, another 13 worse)."""
+"""Topics by form alone, where facts about the text's form are among the features: whether the options are numbers
+goes along with what sets two good models apart (correlations 0.13 and -0.13), more than any domain does. The best guess
+after 3,000 queries was 1.25 points below the offline router with a partition of 4 by content beside this one and 1.41
+with 4 and 8 by content alone; 3 by form gave 1.38 (12 to 16 seeds on each of eight halves, standard error 0.13)."""
 SOFTNESS = 0.1
 """Temperature of clusters' shares, as a share of the mean squared distance to the nearest middle. Of 0.05,
 0.1 and 0.2 the best in the middle, by less than the noise (0.435, 0.442, 0.438, standard error 0.005)."""
