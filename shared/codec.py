@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from shared import messages as m
+from shared import reading
 from shared.errors import CalmError, InvalidQuery, by_code
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def decode_public(data: bytes, kind: type[T], encoding: str) -> T:
     except msgspec.ValidationError as error:
         raise InvalidQuery(
             f"The message does not have the right shape: {error}.",
-            "See docs/subjects.md for the fields and their types.",
+            reading.REMEDY if "`$.expect" in str(error) else "See docs/subjects.md for the fields and their types.",
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidQuery(

@@ -60,7 +60,8 @@ def describe(kind: type[msgspec.Struct]) -> list[str]:
     """One message: its docstring and its fields."""
     title = f"### {kind.__name__}"
     name = tag(kind)
-    lines = [title, "", *([f"`type`: `{name}`", ""] if name else []), inspect.getdoc(kind) or "", ""]
+    field = kind.__struct_config__.tag_field
+    lines = [title, "", *([f"`{field}`: `{name}`", ""] if name else []), inspect.getdoc(kind) or "", ""]
     notes = _field_notes(kind)
     hints = typing.get_type_hints(kind)
     fields = msgspec.structs.fields(kind)

@@ -13,6 +13,7 @@ CalmError
 │   ├── DeadlineExpired      `deadline_expired`    the deadline passed first
 │   ├── Cancelled            `cancelled`           `calm.cancel.<query_id>` came first
 │   ├── EngineFailed         `engine_failed`       every attempt of the route failed
+│   ├── Unreadable           `unreadable`          of one attempt only: what was expected of its answer is not in it
 │   └── Overloaded           `overloaded`          the queue is full
 ├── FleetFileInvalid         `fleet_invalid`       a fleet file; carries path, line, remedy
 ├── DataInvalid              `data_invalid`        recorded outcomes or a trace; carries path, line, remedy
@@ -102,6 +103,11 @@ class Cancelled(Unserved):
 
 class EngineFailed(Unserved):
     code = "engine_failed"
+    retryable = True
+
+
+class Unreadable(Unserved):
+    code = "unreadable"
     retryable = True
 
 

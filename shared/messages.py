@@ -59,6 +59,35 @@ class Preference(_Public, frozen=True, kw_only=True):
     energy: NonNegative | None = None
 
 
+class ExpectChoice(_Public, frozen=True, kw_only=True, tag_field="kind", tag="choice"):
+    """The answer must name one of these, as in "The answer is (C)" or "Yes, because ..."."""
+
+    of: Annotated[list[Annotated[str, Meta(min_length=1, max_length=100)]], Meta(min_length=2, max_length=64)]
+    """A single letter or digit is found as it is written, and only where it is marked as a choice; longer ones are
+    found in upper and lower case alike."""
+
+
+class ExpectNumber(_Public, frozen=True, kw_only=True, tag_field="kind", tag="number"):
+    """The answer must give a number: the one announced ("the answer is 42", "#### 42"), else the last one."""
+
+
+class ExpectJson(_Public, frozen=True, kw_only=True, tag_field="kind", tag="json"):
+    """The answer must be, or hold, one JSON object or array."""
+
+    keys: Annotated[list[Annotated[str, Meta(max_length=100)]], Meta(max_length=64)] = []
+    """It must then be an object that has every one of these keys."""
+
+
+class ExpectContains(_Public, frozen=True, kw_only=True, tag_field="kind", tag="contains"):
+    """The answer must contain one of these pieces of text, in upper or lower case."""
+
+    any_of: Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(min_length=1, max_length=64)]
+
+
+Expect = ExpectChoice | ExpectNumber | ExpectJson | ExpectContains
+"""What an answer must look like to be of use."""
+
+
 class Query(_Public, frozen=True, kw_only=True, tag="query.v1"):
     """A question to the fleet, published to `calm.query`. Exactly one of `prompt` and `messages` is needed."""
 
@@ -82,6 +111,12 @@ class Query(_Public, frozen=True, kw_only=True, tag="query.v1"):
     """Counted from acceptance: then the query ends as `deadline_expired`."""
     constraints: Constraints = Constraints()
     preference: Preference = Preference()
+    expect: Expect | None = None
+    """What an answer must look like: it is then read, and what was read comes with it (`reading`). The card's own when
+    left out."""
+    retries: Annotated[int, Meta(ge=0, le=8)] | None = None
+    """So many further models of the route are asked, one after the other, while nothing can be read and there is time;
+    the fleet's own number (0 unless its file says otherwise) when left out."""
     metadata: dict[str, str] = {}
     """Kept with the query in the knowledge base."""
 
@@ -151,6 +186,8 @@ class Timings(_Public, frozen=True, kw_only=True):
     overhead_s: float
     """Everything else: CALM's own work, the broker and embedding included."""
     total_s: float
+    retried_s: float = 0.0
+    """On attempts beside the one that this answer is from: failed, or not readable."""
 
 
 class Energy(_Public, frozen=True, kw_only=True):
@@ -158,6 +195,8 @@ class Energy(_Public, frozen=True, kw_only=True):
 
     joules: float
     source: Literal["nvml", "rapl", "model"]
+    retried_j: float = 0.0
+    """Of `joules`, what attempts before this one took, whose answers could not be read."""
 
     @property
     def estimated(self) -> bool:
@@ -172,8 +211,20 @@ class Confidence(_Public, frozen=True, kw_only=True):
     mean_entropy: float
 
 
+class Reading(_Public, frozen=True, kw_only=True):
+    """What was read in an answer of which something was expected."""
+
+    value: str | None
+    """The choice as the query wrote it, the number in plain digits, the JSON text, or the piece of text contained; null
+    when nothing could be read."""
+    why: str
+    """How it was found (`announced`, `alone`, `first`, `only`, `last`, `whole`, `fenced`, `within`, `contained`), or
+    why not (`nothing`, `several`, `cut_off`, `no_json`, `keys_missing`)."""
+
+
 class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
-    """The final answer to a query: the last message of a stream, the only one otherwise."""
+    """The final answer to a query: the last message of a stream, the only one otherwise. Its text is the whole answer,
+    whatever chunks came before."""
 
     id: str
     text: str
@@ -188,6 +239,8 @@ class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
     attempt: int
     why: str
     """One sentence: why this model. `calm explain ID` has the whole decision."""
+    reading: Reading | None = None
+    """Null when nothing was expected of the answer."""
 
 
 class ControlState(_Public, frozen=True, kw_only=True, tag="control_state.v1"):
@@ -374,6 +427,12 @@ class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
     """LoRA adapter of the artifact that the card uses."""
     prompt_lookup: bool = False
     """As in the card."""
+    expect: Expect | None = None
+    """The query's, else the card's."""
+    retries: int = 0
+    """Further models that may be asked when this answer cannot be read."""
+    unread: Done | None = None
+    """How the query ends when no later attempt does better: the latest answer, which could not be read."""
     stamps: dict[str, float] = {}
 
 
@@ -386,6 +445,28 @@ class AttemptFailed(_Internal, frozen=True, kw_only=True, tag="attempt_failed.v1
     attempt: int
     """The highest attempt number used so far."""
     at: float
+    unread: Done | None = None
+    """The answer, where it was finished and cannot be read (`unreadable`): the end of the query unless another model is
+    asked."""
+
+
+class Unread(_Internal, frozen=True, kw_only=True):
+    """An earlier attempt of a query, whose answer could not be read and was not taken."""
+
+    card: str
+    artifact: str
+    worker: str
+    attempt: int
+    why: str
+    """As in `Reading`."""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    finish_reason: Literal["stop", "length"] = "stop"
+    energy_j: float = 0.0
+    seconds: float = 0.0
+    """From its dispatch to its last token."""
+    text: str = ""
+    """The end of what it wrote."""
 
 
 class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
@@ -412,6 +493,8 @@ class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
     """Tokens of the answer that were guessed and verified (`prompt_lookup`)."""
     tokens_accepted: int = 0
     """Of these, those that were right: each saved a step."""
+    unread: list[Unread] = []
+    """Earlier attempts whose answers could not be read, first to last."""
     rejected: bool = False
     """True for bad input that was never accepted; kept for the statistics only."""
 
@@ -560,6 +643,8 @@ class Card(_Internal, frozen=True, kw_only=True, tag="card.v1"):
     top_k: int = 0
     parameters_b: float = 0.0
     """Parameters in billions, for priors."""
+    expect: Expect | None = None
+    """What its answers must look like, where the query does not say."""
 
 
 class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
@@ -584,6 +669,8 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     """Largest probability of not choosing the best guess, for the sake of learning; 0 never explores."""
     max_wait_s: float = 5.0
     """A query waits at most about this long for a model that is not resident before another must leave."""
+    retries: int = 0
+    """Further models that are asked when an answer cannot be read, for queries that do not say."""
 
 
 class InForce(_Internal, frozen=True, kw_only=True, tag="in_force.v1"):

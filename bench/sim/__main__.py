@@ -58,7 +58,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--w-latency", type=float, help="weight of latency in the utility; each policy's own by default"
     )
-    parser.add_argument("--ablate", default="", metavar="NAME,...", help="switch off: retry, compare, crowding")
+    parser.add_argument("--ablate", default="", metavar="NAME,...", help="switch off: retry, compare, vote, crowding")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG")
     return parser.parse_args(argv)

@@ -127,9 +127,9 @@ def by_scores(bench: Bench, own: Array, judged: Array, columns: Sequence[int]) -
     return policy
 
 
-def ours(bench: Bench, columns: Sequence[int], *, compare: bool, retry: bool) -> Policy:
+def ours(bench: Bench, columns: Sequence[int], *, compare: bool, retry: bool, vote: bool = False) -> Policy:
     """Ours; with neither, it routes once."""
-    cascade = bench.learned.cascade(columns, compare=compare)
+    cascade = bench.learned.cascade(columns, compare=compare, vote=vote)
 
     def policy(price: float, judge: bool) -> tuple[Array, Array]:
         outcomes, side = (bench.judge, bench.learned.judge) if judge else (bench.learn, bench.learned.own)
@@ -192,8 +192,11 @@ def small_only(bench: Bench) -> dict[str, Point]:
         router.fit(learn, bench.x_learn)
         choice = router.scores(judge, bench.x_judge).argmax(1)
         result[router.name] = bench.point(bench.judge, np.eye(len(columns), dtype=bool)[choice], choice, columns)
-    for name, compare in (("calm, retry", False), ("calm, retry and second opinion", True)):
-        policy = ours(bench, columns, compare=compare, retry=True)
+    for name, compare, vote in (
+        ("calm, retry", False, False), ("calm, retry and second opinion", True, False),
+        ("calm, retry, second opinion and vote", True, True),
+    ):  # fmt: skip
+        policy = ours(bench, columns, compare=compare, retry=True, vote=vote)
         result[name] = bench.point(bench.judge, *policy(RETRY_PRICE, True), columns)
     choice = np.nan_to_num(judge.score).argmax(1)
     result["oracle"] = bench.point(bench.judge, np.eye(len(columns), dtype=bool)[choice], choice, columns)

@@ -43,13 +43,14 @@ class Learned:
     quality_std: Array
     """[judge, k], of the expectation."""
 
-    def cascade(self, columns: Sequence[int], *, compare: bool = True) -> Cascade:
-        """Chances after what can be heard from these models."""
+    def cascade(self, columns: Sequence[int], *, compare: bool = True, vote: bool = False) -> Cascade:
+        """Chances after what can be heard from these models; `vote`: a third opinion is a vote and no last word."""
         c, outcomes = list(columns), self.learn
         return Cascade.fit(
             self.own.quality[:, c], outcomes.score[:, c].astype(np.float64),
             None if outcomes.answered is None else outcomes.answered[:, c],
             None if outcomes.answer is None or not compare else outcomes.answer[:, c],
+            vote=vote,
         )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ of its own choices; every decision is logged with its propensity. Two candidates
 another objective (energy weighs in), and another router altogether (the one that learned offline from all of
 `--learn`). The latter is estimated once more from a log in which it serves half of the queries itself, as when a
 candidate is tried on a part of the traffic. Their truth is what they would earn on the very queries logged. The
-predictions that doubly robust estimates use are made from the log alone, each by a fit that has not seen the query.
+predictions that doubly robust estimates use are made from the log alone, each by a fit that has not seen the query;
+those called `recorded` also from the outcomes of `--learn`, as where a candidate was learned from recorded outcomes.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ def serve(present: Array, score: Array, rng: np.random.Generator) -> offpolicy.L
     return offpolicy.Logged(models, np.array([c.propensity for c in chosen]), score[np.arange(len(score)), models])
 
 
-def predicted(topics: Topics, k: int, x: Array, logged: offpolicy.Logged) -> Array:
-    """[n, k] expected rewards, learned from the log in folds, by these topics."""
+def predicted(
+    topics: Topics, k: int, x: Array, logged: offpolicy.Logged, recorded: tuple[Array, Array] | None = None
+) -> Array:
+    """[n, k] expected rewards, learned from the log in folds, by these topics; with `recorded` features and scores
+    of other queries as well."""
     z = topics.encode(x)
     seen = np.full((len(x), k), np.nan)
     seen[np.arange(len(x)), logged.chosen] = logged.reward
@@ -76,6 +80,8 @@ def predicted(topics: Topics, k: int, x: Array, logged: offpolicy.Logged) -> Arr
     for f in range(FOLDS):
         sums = hierarchy.Sums.empty(k, z.shape[1])
         sums.add_all(z[fold != f], seen[fold != f])
+        if recorded is not None:
+            sums.add_all(topics.encode(recorded[0]), recorded[1])
         result[fold == f] = hierarchy.solve(sums, hierarchy.Prior()).predict(z[fold == f])[0]
     return result
 
@@ -102,12 +108,15 @@ def compare(learn: Outcomes, judge: Outcomes, joules: Array, queries: int, seeds
             logged = serve(serving, score[rows], rng)
             # The topics of what was learned offline: the categories are known, the rewards are the log's alone.
             guess = predicted(offline.topics, k, served[rows], logged)
+            informed = predicted(offline.topics, k, served[rows], logged, (x, learn.score.astype(np.float64)))
             truth = float((candidate * score[rows]).sum(1).mean())
             found = {
                 "ips": offpolicy.ips(logged, candidate),
                 "snips": offpolicy.snips(logged, candidate),
                 "doubly robust": offpolicy.doubly_robust(logged, candidate, guess),
                 "shrunk": offpolicy.shrunk(logged, candidate, guess),
+                "doubly robust, recorded": offpolicy.doubly_robust(logged, candidate, informed),
+                "shrunk, recorded": offpolicy.shrunk(logged, candidate, informed),
             }
             verdict = offpolicy.judge(logged, candidate, serving, guess)
             runs[name].append({

@@ -9,6 +9,7 @@ everything in `--learn`, on the queries as they came. Bands are two standard err
 
 `calm` also sees, as a running system does, whether an answer could be read at all: of every answer, judged or not
 (where the outcomes say it). `calm, judged only` sees nothing but the chosen model's outcome on the judged share.
+`calm, cards` begins at what the models' cards promise (`quality` in the fleet file), where all promise something.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from bench.sim.data import Outcomes, load_outcomes
 from bench.sim.embed import embed
 from services.simulator import fleet as fleets
 from shared.errors import CalmError
-from shared.learn import bandit
+from shared.learn import bandit, features
 from shared.learn.quality import BEGIN, Outcome, QualityModel
 from shared.learn.readable import ReadableQuality
-from shared.learn.topics import NESTED, Topics, clusters
+from shared.learn.topics import Topics, clusters
 
 Array = NDArray[Any]
 MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
@@ -39,6 +40,8 @@ MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
 
 TOPICS_AT = (40, 200, 1000)
 """Queries seen when topics are made (anew)."""
+COARSE = 4
+"""Topics by what queries are about, beside those by form."""
 DUEL = 0.5
 """Share of choices that go to a challenger."""
 
@@ -65,13 +68,22 @@ class Deaf:
 
 
 class Calm:
-    """Ours: top-two Thompson sampling over hierarchical regressions on clusters of the queries seen."""
+    """Ours: top-two Thompson sampling over hierarchical regressions on clusters of the queries seen, by what they are
+    about and by the form of their text."""
 
     def __init__(
-        self, models: tuple[str, ...], x: Array, judge: Array, rng: np.random.Generator, *, hears: bool, duel: float
+        self,
+        models: tuple[str, ...],
+        x: Array,
+        judge: Array,
+        rng: np.random.Generator,
+        *,
+        hears: bool,
+        promised: Array | None = None,
     ) -> None:
-        """`hears`: learn from whether answers could be read."""
-        self._x, self._judge, self._rng, self._duel = x, judge, rng, duel
+        """`hears`: learn from whether answers could be read; `promised` [k]: by the cards, for a readable answer."""
+        self._x, self._judge, self._rng = x, judge, rng
+        self._promised = np.zeros(len(models)) if promised is None else promised
         topics = clusters(np.zeros((1, x.shape[1])), 1)  # levels alone, until there are queries to make topics from
         self._model: QualityModel | ReadableQuality = (
             ReadableQuality.start(models, topics) if hears else QualityModel(models, topics, prior=BEGIN)
@@ -84,9 +96,9 @@ class Calm:
     def choose(self, row: int) -> int:
         self._seen.append(row)
         if len(self._seen) in TOPICS_AT:
-            self._retopic(clusters(self._x[self._seen], NESTED))
+            self._retopic(clusters(self._x[self._seen], COARSE, form=len(features.FORM)))
         normal = self._rng.standard_normal(bandit.shape_of(self._model))
-        chances = bandit.distribution(self._model, self._x[row], normal, duel=self._duel)
+        chances = bandit.distribution(self._model, self._x[row], normal, prior=self._promised, duel=DUEL)
         return bandit.choose(chances, self._rng.random()).model
 
     def heard(self, row: int, model: int, readable: bool) -> None:
@@ -97,16 +109,18 @@ class Calm:
                 self._unread.add(len(self._seen))
 
     def observe(self, row: int, model: int, score: float) -> None:
+        over = score - float(self._promised[model])
         if isinstance(self._model, QualityModel):
-            self._model.update(self._x[row], model, score)
+            self._model.update(self._x[row], model, over)
         elif len(self._seen) in self._unread:
             return
         else:
-            self._model.judged(self._x[row], model, score)
-        self._judged.append((self._x[row], model, score, 1.0))
+            self._model.judged(self._x[row], model, over)
+        self._judged.append((self._x[row], model, over, 1.0))
 
     def best(self) -> Array:
-        return np.asarray(self._model.predict(self._judge).mean.argmax(1))
+        promised = np.tile(self._promised, (len(self._judge), 1))
+        return np.asarray(self._model.predict(self._judge, promised).mean.argmax(1))
 
     def _retopic(self, topics: Topics) -> None:
         if isinstance(self._model, QualityModel):
@@ -193,8 +207,10 @@ def run(
     return at, got, rows
 
 
-def compare(learn: Outcomes, judge: Outcomes, queries: int, feedback: float, seeds: int) -> dict[str, Any]:
-    """All learners over all seeds."""
+def compare(
+    learn: Outcomes, judge: Outcomes, queries: int, feedback: float, seeds: int, promised: Array | None = None
+) -> dict[str, Any]:
+    """All learners over all seeds; `promised` [k] by the models' cards."""
     e_learn, e_judge = embed(learn.prompts), embed(judge.prompts)
     x, wanted = learned.features(e_learn, learn, learn), learned.features(e_judge, judge, learn)
     score, truth = np.nan_to_num(learn.score).astype(float), np.nan_to_num(judge.score).astype(float)
@@ -203,13 +219,16 @@ def compare(learn: Outcomes, judge: Outcomes, queries: int, feedback: float, see
     offline_accuracy = float(truth[rows, offline.predict(wanted).mean.argmax(1)].mean())
     reached = score[np.arange(len(learn)), own.argmax(1)]
     k = len(learn.models)
+    hears = learn.answered is not None
     makers: dict[str, Callable[[np.random.Generator], Learner]] = {
-        "calm": lambda rng: Calm(learn.models, x, wanted, rng, hears=learn.answered is not None, duel=DUEL),
-        "calm, judged only": lambda rng: Calm(learn.models, x, wanted, rng, hears=False, duel=DUEL),
+        "calm": lambda rng: Calm(learn.models, x, wanted, rng, hears=hears),
+        "calm, judged only": lambda rng: Calm(learn.models, x, wanted, rng, hears=False),
         "linucb": lambda _: LinUcb(learn.models, e_learn, e_judge),
         "ucb on levels": lambda _: Levels(k, len(judge)),
         "random": lambda rng: Blind(k, len(judge), rng),
     }
+    if promised is not None:
+        makers["calm, cards"] = lambda rng: Calm(learn.models, x, wanted, rng, hears=hears, promised=promised)
     policies: dict[str, Any] = {}
     for name, make in makers.items():
         accuracy: list[dict[int, float]] = []
@@ -233,6 +252,7 @@ def compare(learn: Outcomes, judge: Outcomes, queries: int, feedback: float, see
         "best_single": float(truth[:, int(np.nanmean(learn.score, axis=0).argmax())].mean()), "policies": policies,
         "gap": offline_accuracy - policies["calm"]["accuracy"][-1],
         "gap_judged_only": offline_accuracy - policies["calm, judged only"]["accuracy"][-1],
+        "gap_cards": offline_accuracy - policies["calm, cards"]["accuracy"][-1] if promised is not None else None,
     }  # fmt: skip
 
 
@@ -252,10 +272,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         judge = load_outcomes(arguments.judge)
-        small = {model.name for model in fleets.load_fleet(arguments.fleet)[0].models if model.small}
+        small = {model.name: model.quality for model in fleets.load_fleet(arguments.fleet)[0].models if model.small}
         judge = judge.only([m for m in judge.models if m in small])
         learn = load_outcomes(arguments.learn).only(judge.models)
-        result = compare(learn, judge, arguments.queries, arguments.feedback, arguments.seeds)
+        cards = [quality for m in judge.models if (quality := small[m]) is not None]
+        promised = np.array(cards) if len(cards) == len(judge.models) else None
+        result = compare(learn, judge, arguments.queries, arguments.feedback, arguments.seeds, promised)
     except CalmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -271,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\noffline {result['offline_accuracy']:.4f}, best single {result['best_single']:.4f}, "
         f"gap {result['gap']:.4f}, by judged answers only {result['gap_judged_only']:.4f}"
+        + (f", from what cards promise {result['gap_cards']:.4f}" if promised is not None else "")
     )
     if arguments.json:
         write_json(arguments.json, result)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.sim import routers
-from bench.sim.budget import RUNGS, Budgeted
+from bench.sim.budget import RUNGS, Allowance, Budgeted
 from bench.sim.setting import Plan, Setting, run
 from services.planner.decide.scoring import LN2
 from services.simulator import residency as on_demand
@@ -22,9 +22,6 @@ from shared.learn.cascade import Cascade, play
 from shared.learn.cascade import Plan as CascadePlan
 
 Array = NDArray[Any]
-BUDGET_MARGIN = 0.96
-"""Budgets are aimed at with this much to spare. `Budgeted` keeps to its joules within 0.2 %; what the reference alone
-would take is predicted, and was 0.5 to 2.1 % off in mean length between halves of some 3,000 queries."""
 LATENCY_MARGIN = 0.93
 """Of the latency budget: nothing holds that while it runs."""
 WEIGHTS = np.geomspace(1e-3, 1e2, 48)
@@ -102,22 +99,29 @@ def _ours(
     """`spent`: what prices lead to, if that has been worked out."""
     w_latency = usual if setting.w_latency is None else setting.w_latency
     cascades = "cascade" not in setting.off and setting.judge.answer is not None
-    cascade = setting.learned.cascade(setting.columns(models), compare="compare" not in setting.off)
+    cascade = setting.learned.cascade(
+        setting.columns(models), compare="compare" not in setting.off, vote=_votes(setting, models)
+    )
     if ratio is None:
         rung = _Rung(setting, models, cascade if cascades else None, 0.0, w_latency)
         return Plan(
             models, lambda work, _f, _s: rung.router(work), fixed, notes={"w_energy": 0.0, "w_latency": w_latency}
         )
     spent = spent or spending(setting, models, w_latency)
-    target = ratio * BUDGET_MARGIN
-    allowed_j = target * _alone_j(setting)
-    weights = [spent.weight(target * share) for share in RUNGS]
+    allowance = _allowance(setting, models, spent.asked[int(np.abs(spent.ratios - ratio).argmin())])
+    weights = [spent.weight(ratio * share) for share in RUNGS]
     rungs = [_Rung(setting, models, cascade if cascades else None, weight, w_latency) for weight in weights]
 
     def router(work: Workload, fleet: SimFleet, seed: int) -> Router:
-        return Budgeted([rung.router(work) for rung in rungs], RUNGS, allowed_j[work.row])
+        written = None if setting.trace_tokens else work.tokens_out
+        return Budgeted([r.router(work) for r in rungs], RUNGS, allowance, ratio, len(work), written, work.row)
 
-    return Plan(models, router, fixed, notes={"w_energy": spent.weight(target), "w_latency": w_latency})
+    return Plan(models, router, fixed, notes={"w_energy": spent.weight(ratio), "w_latency": w_latency})
+
+
+def _votes(setting: Setting, models: tuple[str, ...]) -> bool:
+    """Among small models a third opinion is a vote; the large one, asked last, has the last word."""
+    return "vote" not in setting.off and all(name in setting.small for name in models)
 
 
 class _Rung:
@@ -169,6 +173,8 @@ class Spending:
     """Ascending."""
     ratios: Array
     """Energy relative to the reference's; falling."""
+    asked: tuple[Array, ...] = ()
+    """[learn, k] for each: whom the plan asks."""
 
     def weight(self, ratio: float) -> float:
         """The least weight that spends no more than `ratio`, between those tried by interpolation."""
@@ -186,8 +192,8 @@ def spending(setting: Setting, models: tuple[str, ...], w_latency: float) -> Spe
     real = np.nan_to_num(learn.tokens_out[:, columns]) * joules
     cascade = None
     if "cascade" not in setting.off and learn.answered is not None and learn.answer is not None:
-        cascade = setting.learned.cascade(columns, compare="compare" not in setting.off)
-    ratios = []
+        cascade = setting.learned.cascade(columns, compare="compare" not in setting.off, vote=_votes(setting, models))
+    ratios, whom = [], []
     for weight in WEIGHTS:
         cost = _price(setting, models, tokens, weight, w_latency)
         if cascade is None:
@@ -200,17 +206,23 @@ def spending(setting: Setting, models: tuple[str, ...], w_latency: float) -> Spe
             )
             asked = play(plan, learn.answered[:, columns], learn.answer[:, columns]).asked
         ratios.append(float((asked * real).sum(axis=1).mean()) / _reference_j(setting))
-    return Spending(WEIGHTS, np.array(ratios))
+        whom.append(asked)
+    return Spending(WEIGHTS, np.array(ratios), tuple(whom))
 
 
-def _alone_j(setting: Setting) -> Array:
-    """[judge] joules that each query is expected to take when the reference serves it alone: the mean by simulating the
-    queries learned from, times the predicted length over the mean of those."""
+def _allowance(setting: Setting, models: tuple[str, ...], asked: Array) -> Allowance:
+    """What the reference alone would take; its joules a token by simulating it on the queries learned from. `asked`
+    [learn, k]: whom the plan asks."""
     alone = Plan((setting.reference,), lambda w, _f, _s: Fixed(np.zeros(len(w), int)), fixed)
-    mean_j = float(run(_on_own(setting), alone, 0)[0].energy_j.mean())
-    column = setting.columns((setting.reference,))[0]
-    own, judge = setting.learned.own.tokens_out[:, column], setting.predictions.tokens_out[:, column]
-    return np.asarray(mean_j * judge / own.mean())
+    on_own = _on_own(setting)
+    result, work = run(on_own, alone, 0)
+    token_j = float(result.energy_j.mean() / work.tokens_out.mean())
+    c, r = setting.columns(models), setting.columns((setting.reference,))[0]
+    own, learn, judge = setting.learned.own.tokens_out, setting.learn.tokens_out, setting.predictions.tokens_out
+    return Allowance.fit(
+        own[:, r], learn[:, r], own[:, c], learn[:, c], asked, c.index(r) if r in c else -1,
+        token_j=token_j, alone=judge[:, r], predicted=judge[:, c], count=setting.count,
+    )  # fmt: skip
 
 
 def _on_own(setting: Setting) -> Setting:

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 
+import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 
@@ -15,10 +16,30 @@ from services.cli.options import PREFERENCES
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
-from shared.errors import BusUnavailable
+from shared.errors import BusUnavailable, InvalidQuery
 from shared.settings import Settings
 
 Reply = m.Answer | m.Failure | m.Chunk
+
+
+def expected(what: str | None) -> m.Expect | None:
+    """What `--expect` says, such as `choice:A,B,C`.
+
+    Raises:
+        InvalidQuery: it says none of the kinds.
+    """
+    if what is None:
+        return None
+    kind, _, rest = what.partition(":")
+    words = [word.strip() for word in rest.split(",") if word.strip()]
+    fields = {"choice": {"of": words}, "json": {"keys": words}, "contains": {"any_of": words}, "number": {}}
+    try:
+        return msgspec.convert({"kind": kind, **fields.get(kind, {})}, m.Expect)  # type: ignore[no-any-return]
+    except msgspec.ValidationError:
+        raise InvalidQuery(
+            f"`--expect {what}` is not understood.",
+            "Write choice:A,B,C (two or more), number, json, json:KEY,KEY or contains:TEXT,TEXT.",
+        ) from None
 
 
 def query_of(arguments: argparse.Namespace, prompt: str, query_id: str) -> m.Query:
@@ -44,24 +65,38 @@ def query_of(arguments: argparse.Namespace, prompt: str, query_id: str) -> m.Que
             max_energy_j=arguments.max_energy,
         ),
         preference=m.Preference(quality=weights[0], latency=weights[1], energy=weights[2]),
+        expect=expected(arguments.expect),
+        retries=arguments.retries,
     )
 
 
 def summary(answer: m.Answer, first_s: float | None, total_s: float) -> str:
-    """Two lines about an answer, for people."""
+    """What to say about an answer, for people."""
     out, times = answer.usage.tokens_out, answer.timings
     speed = (out - 1) / times.decode_s if out > 1 and times.decode_s > 0 else 0.0
     first = f"first token {first_s:.2f} s, " if first_s is not None else ""
     estimated = " (estimated)" if answer.energy.estimated else ""
     waited = "".join(
         f", waited {seconds:.2f} s for {what}"
-        for what, seconds in (("the model to load", times.load_s), ("a slot", times.queue_s))
+        for what, seconds in (
+            ("the model to load", times.load_s),
+            ("a slot", times.queue_s),
+            ("other attempts", times.retried_s),
+        )
         if seconds >= 0.05
     )
     return (
         f"{answer.model} on {answer.worker}: {first}{total_s:.2f} s in all, {out} tokens, {speed:.0f} tokens/s, "
-        f"{answer.energy.joules:.1f} J{estimated}{waited}\n{answer.why}\nquery {answer.id}"
+        f"{answer.energy.joules:.1f} J{estimated}{waited}\n{read(answer)}{answer.why}\nquery {answer.id}"
     )
+
+
+def read(answer: m.Answer) -> str:
+    """A line on what was read in an answer; empty when nothing was expected of it."""
+    if answer.reading is None:
+        return ""
+    how = answer.reading.why.replace("_", " ")
+    return f"read: {answer.reading.value} ({how})\n" if answer.reading.value is not None else f"not readable: {how}\n"
 
 
 async def ask(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -98,6 +133,7 @@ async def ask(arguments: argparse.Namespace, settings: Settings) -> int:
 async def _show(replies: asyncio.Queue[Reply | None], began: float, arguments: argparse.Namespace) -> int:
     quiet = arguments.json
     first_s: float | None = None
+    attempt = 0
     while True:
         async with asyncio.timeout(arguments.deadline + 5):
             reply = await replies.get()
@@ -108,13 +144,16 @@ async def _show(replies: asyncio.Queue[Reply | None], began: float, arguments: a
                 print("\n[starting over with another model or worker]")
             if first_s is None or reply.restarted:
                 first_s = time.perf_counter() - began
+            attempt = reply.attempt
             if not quiet:
                 print(reply.text, end="", flush=True)
         elif isinstance(reply, m.Answer):
             if quiet:
                 print(codec.to_json(reply).decode())
             else:
-                print("" if first_s is not None else reply.text)
+                if first_s is not None and reply.attempt < attempt:
+                    print("\n[nothing better came in time: the answer before]")
+                print(reply.text if first_s is None or reply.attempt < attempt else "")
                 print(f"\n{summary(reply, first_s, time.perf_counter() - began)}", file=sys.stderr)
             return 0
         else:

@@ -92,7 +92,8 @@ def _worker(worker: m.EnergyReport, carbon_g_per_kwh: float) -> list[str]:
     if unanswered_j < 0:  # answers are charged at once, by the power of the work before
         rest = f"answers were charged {mark}{joules(-unanswered_j)} more than was active: later work makes up for it"
     else:
-        rest = f"active and in no answer (cancelled, failed, still running, rounding): {mark}{joules(unanswered_j)}"
+        why = "cancelled, failed, not readable, still running, rounding"
+        rest = f"active and in no answer ({why}): {mark}{joules(unanswered_j)}"
     return [
         *lines,
         f"  accounts: {', '.join(parts)}",

@@ -83,8 +83,18 @@ def _end(done: m.Done) -> list[str]:
             f" {a.usage.tokens_out} out, {a.energy.joules:.1f} J{estimated}, mean log-probability"
             f" {a.confidence.mean_logprob:.2f}",
             f"  load {t.load_s:.3f} s, queue {t.queue_s:.3f} s, prefill {t.prefill_s:.3f} s,"
-            f" decode {t.decode_s:.3f} s, overhead {t.overhead_s:.4f} s, total {t.total_s:.3f} s",
+            f" decode {t.decode_s:.3f} s, overhead {t.overhead_s:.4f} s,"
+            + (f" other attempts {t.retried_s:.3f} s," if t.retried_s else "")
+            + f" total {t.total_s:.3f} s",
         ]
+        if a.reading is not None:
+            read = "not readable" if a.reading.value is None else f"read: {a.reading.value[:200]}"
+            lines.append(f"  {read} ({a.reading.why.replace('_', ' ')})")
+    lines += [
+        f"  before, {one.card} on {one.worker} gave nothing readable ({one.why.replace('_', ' ')}) in"
+        f" {one.seconds:.2f} s, {one.tokens_out} tokens, {one.energy_j:.1f} J: ...{one.text[-80:]!r}"
+        for one in done.unread
+    ]
     present = [(name, done.stamps[name]) for name in _STEPS if name in done.stamps]
     if present:
         start = present[0][1]

@@ -44,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-latency", type=float, metavar="S")
     ask.add_argument("--max-energy", type=float, metavar="J")
     ask.add_argument("--tag", action="append", default=[], help="the card must carry this tag")
+    ask.add_argument(
+        "--expect",
+        metavar="WHAT",
+        help="what the answer must look like: choice:A,B,C  number  json  json:KEY,KEY  contains:TEXT,TEXT",
+    )
+    ask.add_argument("--retries", type=int, metavar="N", help="ask N further models while nothing can be read")
     ask.add_argument("--low-priority", action="store_true")
     ask.add_argument("--no-stream", action="store_true")
     ask.add_argument("--json", action="store_true", help="print the final message as JSON")

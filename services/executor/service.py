@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from services.executor.commands import Commands
 from services.executor.decide import attempts, breaker
 from services.executor.supervisor import Supervised, Supervision
-from shared import codec, subjects
+from shared import codec, subjects, unread
 from shared import messages as m
 from shared.errors import CalmError, Cancelled, DeadlineExpired, NoFeasibleModel
 from shared.puller import Puller
@@ -57,6 +57,7 @@ class Executor:
     async def start(self) -> None:
         await self._bus.subscribe(subjects.done("*"), self._on_done)
         await self._bus.subscribe(subjects.cancel("*"), self._on_cancel)
+        await self._bus.subscribe(subjects.FAILED, self._on_failed_anywhere)
         await self._bus.subscribe(subjects.JOURNAL_OPERATION, self._on_operation)
         await self._models.start()
         await self._fleet.start()
@@ -107,8 +108,10 @@ class Executor:
             if done is not None:
                 # An executor that claimed a failure may have died before it told the client. An engine's
                 # answer is the engine's to send again: its own message is redelivered in that case.
-                if done.failure is not None and not done.worker and done.reply:
-                    await self._bus.reply(done.reply, done.failure, done.encoding)
+                ours = unread.SETTLED in done.stamps or (done.failure is not None and not done.worker)
+                final = done.answer or done.failure
+                if ours and final is not None and done.reply:
+                    await self._bus.reply(done.reply, final, done.encoding)
                 return
         rank = attempts.next_rank(entry.planned.route, self._models.cards, 0, self._usable)
         if rank is None:
@@ -127,17 +130,24 @@ class Executor:
         if entry.ended.is_set():
             return
         if entry.cancelled.is_set():
-            error = Cancelled("The query was cancelled.", "")
+            await self._finish(entry.planned, Cancelled("The query was cancelled.", ""), resend=redelivered)
+        elif entry.unread is not None:
+            await self._settle(entry.unread, resend=redelivered)
         else:
             error = DeadlineExpired(
                 f"No answer within {accepted.query.deadline_s:g} s.",
                 "Raise `deadline_s`, ask for fewer `max_tokens`, or add workers.",
             )
-        await self._finish(entry.planned, error, resend=redelivered)
+            await self._finish(entry.planned, error, resend=redelivered)
         await self._withdraw(entry)
 
     async def _dispatch(self, entry: Supervised, rank: int, attempt: int) -> None:
-        work = attempts.work(entry.planned, self._models.cards, rank, attempt, self._clock())
+        now = self._clock()
+        work = attempts.work(
+            entry.planned, self._models.cards, rank, attempt, now,
+            first_dispatched=entry.first_dispatched, unread=entry.unread, retries=self._retries,
+        )  # fmt: skip
+        entry.first_dispatched = entry.first_dispatched or now
         entry.rank, entry.attempt, entry.artifact = rank, attempt, work.artifact
         entry.sequence = await self._send(work)
 
@@ -161,6 +171,19 @@ class Executor:
         if await self._bus.finish(done, resend=resend):
             self._context.health.failed += 1
             self._log.info("ended", code=failure.code)
+
+    async def _settle(self, done: m.Done, *, resend: bool) -> None:
+        """End a query with an answer that could not be read: nothing better has come."""
+        now = self._clock()
+        done = unread.settled(done, now)
+        done = msgspec.structs.replace(done, stamps=m.stamp(done.stamps, **{unread.SETTLED: now}))
+        if await self._bus.finish(done, resend=resend):
+            self._log.info("ended", code="unreadable")
+
+    @property
+    def _retries(self) -> int:
+        """The fleet's own number."""
+        return self._models.policy.retries if self._models.policy is not None else 0
 
     async def _withdraw(self, entry: Supervised) -> None:
         """Take the work out of the queue, and stop it where it runs."""
@@ -194,21 +217,34 @@ class Executor:
         work = failed.work
         with structlog.contextvars.bound_contextvars(query_id=work.query_id):
             self._log.warning("attempt_failed", card=work.card, code=failed.failure.code, attempt=failed.attempt)
-            if failed.failure.code != "context_exceeded":
+            if failed.unread is not None:
+                self._breakers.pop(work.artifact, None)  # it works
+            elif failed.failure.code != "context_exceeded":
                 await self._count_failure(work.artifact)
             await self._fall_back(failed, resend=message.metadata.num_delivered > 1)
             await message.ack()
 
+    async def _on_failed_anywhere(self, message: Msg) -> None:
+        """Every executor hears of an answer that could not be read: one of them supervises its query."""
+        with contextlib.suppress(msgspec.ValidationError, msgspec.DecodeError):  # `_on_failed` buries it
+            failed = codec.unpack(message.data, m.AttemptFailed)
+            if failed.unread is not None and (entry := self._supervision.get(failed.work.query_id)) is not None:
+                entry.unread = failed.unread
+
     async def _fall_back(self, failed: m.AttemptFailed, *, resend: bool) -> None:
         work = failed.work
-        rank = attempts.after_failure(failed, self._models.cards, self._usable)
+        now = self._clock()
+        rank = attempts.after_failure(failed, self._models.cards, self._usable, now)
         if rank is not None:
-            next_work = attempts.work(work.planned, self._models.cards, rank, failed.attempt + 1, self._clock())
+            next_work = attempts.after(failed, self._models.cards, rank, now, self._retries)
             sequence = await self._send(next_work)
             entry = self._supervision.get(work.query_id)
             if entry is not None:
                 entry.rank, entry.attempt = rank, next_work.attempt
                 entry.artifact, entry.sequence = next_work.artifact, sequence
+            return
+        if (done := failed.unread or work.unread) is not None:
+            await self._settle(done, resend=resend)
             return
         error = CalmError(failed.failure.message, failed.failure.remedy)
         error.code, error.retryable = failed.failure.code, failed.failure.retryable

@@ -19,6 +19,10 @@ class Supervised:
     attempt: int = 1
     rank: int = 0
     artifact: str = ""
+    first_dispatched: float | None = None
+    """Unix seconds; None before the first attempt."""
+    unread: m.Done | None = None
+    """The end of the latest attempt whose answer could not be read: taken when nothing better comes in time."""
     sequence: int = 0
     """Of the work message, so that it can be withdrawn from the queue."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,12 +17,11 @@ from shared.knowledge.store import Store
 from shared.learn.live import embedding
 from shared.learn.live_length import Lengths, first_lengths
 from shared.tasks import end, in_background
+from shared.unread import taken
 
 TELL_S = 5.0
 """Between two versions: each answer changes it a little."""
 STORE_S = 60.0
-OPEN = 2_000
-"""Queries under way whose embeddings are kept."""
 NAME: Final = "length"
 
 
@@ -37,9 +35,6 @@ class LengthKeeper:
         self._clock = clock
         self._log = log
         self._lengths = Lengths(())
-        self._open: OrderedDict[str, bytes] = OrderedDict()
-        self._done: OrderedDict[str, m.Done] = OrderedDict()
-        """Ends that came before their decision."""
         self._version = 0
         self._fresh = self._unstored = False
         self._stored_at = clock()
@@ -72,33 +67,13 @@ class LengthKeeper:
         if cards:
             self._lengths.use(cards)
 
-    def on_route(self, route: m.Route) -> None:
-        """A query was routed."""
-        if (done := self._done.pop(route.query_id, None)) is not None:
-            self._learn(done, route.embedding)
-        elif route.embedding:
-            _put(self._open, route.query_id, route.embedding)
-
-    def on_done(self, done: m.Done) -> None:
-        """A query has ended."""
-        features = self._open.pop(done.query_id, None)
-        if done.answer is None:
-            return
-        if features is None:
-            _put(self._done, done.query_id, done)
-        else:
-            self._learn(done, features)
-
-    def _learn(self, done: m.Done, features: bytes) -> None:
-        answer = done.answer
-        if answer is None or not features:
-            return
-        learned = self._lengths.answered(
-            done.card or answer.model, embedding(features), answer.usage.tokens_out,
-            cut=answer.finish_reason == "length",
-        )  # fmt: skip
-        self._unstored |= learned
-        self._fresh |= learned and self._lengths.model is not None
+    def on_answered(self, done: m.Done, features: bytes) -> None:
+        """A query has been answered; `features` is its embedding. Answers that were not taken count as well: those
+        that ramble are among them."""
+        for card, tokens_out, cut, _ in taken(done):
+            learned = self._lengths.answered(card, embedding(features), tokens_out, cut=cut)
+            self._unstored |= learned
+            self._fresh |= learned and self._lengths.model is not None
 
     async def _run(self) -> None:
         while True:
@@ -135,9 +110,3 @@ class LengthKeeper:
         row = {"name": NAME, "version": self._version, "at": now, "record": self._lengths.to_bytes()}
         self._writer.note("parameters", row)
         self._unstored = False
-
-
-def _put(kept: OrderedDict[str, Any], key: str, value: Any) -> None:
-    kept[key] = value
-    if len(kept) > OPEN:
-        kept.popitem(last=False)

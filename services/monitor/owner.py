@@ -12,6 +12,7 @@ from nats.aio.subscription import Subscription
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.monitor.answers import Answers
+from services.monitor.ends import Ends
 from services.monitor.learning import Learning
 from services.monitor.lengths import LengthKeeper
 from services.monitor.probing import Probing
@@ -49,6 +50,7 @@ class Base:
         self._learning = Learning(self._bus, self._store, self._writer, context.clock)
         self._trust = Trust(self._bus, self._store, self._writer, context.clock, context.log)
         self._lengths = LengthKeeper(self._bus, self._store, self._writer, context.clock, context.log)
+        self._ends = Ends(self._on_answered)
         self._probing = Probing(
             self._bus, self._writer, self._trust, registry.probes, lambda: list(registry.cards or {}), workers,
             context.clock, context.log,
@@ -133,11 +135,15 @@ class Base:
     def _on_done(self, done: m.Done) -> None:
         self._learning.on_done(done)
         self._trust.on_done(done)
-        self._lengths.on_done(done)
+        self._ends.on_done(done)
+
+    def _on_answered(self, done: m.Done, features: bytes) -> None:
+        self._lengths.on_answered(done, features)
+        self._trust.on_answered(done, features)
 
     def _on_route(self, route: m.Route) -> None:
         self._trust.on_route(route)
-        self._lengths.on_route(route)
+        self._ends.on_route(route)
         self._probing.on_route(route)
 
     async def _on_symptom(self, message: Msg) -> None:

@@ -1,4 +1,5 @@
-"""What judgements teach: learned quality and how far each card is trusted; told to planners, kept across restarts."""
+"""What judgements teach, and what can be read: learned quality and how far each card is trusted; told to planners, kept
+across restarts."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ from shared.learn import standing
 from shared.learn.live import Array, Learner, embedding, first_quality
 from shared.learn.standing import Standing
 from shared.tasks import end, in_background
+from shared.unread import taken
 
 TELL_S = 1.0
+READINGS_S = 5.0
+"""Between two versions that tell of readings alone: each answer that was to be read changes them a little."""
 STORE_S = 60.0
 RECORDED_S = 2.0
 ROUTES = 10_000
@@ -34,7 +38,8 @@ KEEP_OLD = 0.1
 OUTCOMES_S = 3600.0
 """The outcomes kept (up to 2 MB) are stored this often, and at the end. After a crash, answers judged since then that
 are judged again count twice, and topics made anew leave them out."""
-_LEARNED, _STANDINGS, _SIGNALS, _OUTCOMES = "learned", "standings", "signals", "outcomes"
+_LEARNED, _STANDINGS, _SIGNALS = "learned", "standings", "signals"
+_OUTCOMES, _READINGS = "outcomes", "readings"
 
 
 class Trust:
@@ -48,11 +53,14 @@ class Trust:
         self._log = log
         self._routes: OrderedDict[str, m.Route] = OrderedDict()
         self._judged: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()
+        """Answers that could not be read, by query and card."""
         self._learner = Learner(())
         self._standings: dict[str, Standing] = {}
         self._reasons: dict[str, tuple[str, float]] = {}
         self._version = 0
-        self._fresh = False
+        self._fresh = self._heard = False
+        self._told_at = clock()
         self._changed: set[str] = set()
         self._symptoms: list[m.Symptom] = []
         self._awaited: dict[str, asyncio.Event] = {}
@@ -80,12 +88,15 @@ class Trust:
             stood = await reads.latest_parameter(connection, _STANDINGS)
             signals = await reads.latest_parameter(connection, _SIGNALS)
             outcomes = await reads.latest_parameter(connection, _OUTCOMES)
+            readings = await reads.latest_parameter(connection, _READINGS)
         if learned is not None:
             self._version = self._stored_version = learned[0]
             try:
                 self._learner = Learner.from_bytes(learned[1])
                 if outcomes is not None:
                     self._learner.take_outcomes(outcomes[1])
+                if readings is not None:
+                    self._learner.take_readings(readings[1])
                 self._fresh = self._learner.ready
             except ValueError as error:
                 self._log.warning("learned_parameters_unusable", error=str(error), remedy="They are learned anew.")
@@ -135,6 +146,16 @@ class Trust:
         """A query has ended."""
         self._symptoms += self._signals.ended(done, self._routes.get(done.query_id), self._clock())
 
+    def on_answered(self, done: m.Done, features: bytes) -> None:
+        """A query has been answered; `features` is its embedding. Learn which of its answers could be read."""
+        for card, _, _, readable in taken(done):
+            if readable is None:
+                continue
+            if not readable:
+                _put(self._unread, (done.query_id, card))
+            if self._standings.get(card, Standing()).state == "healthy":
+                self._heard |= self._learner.heard(card, embedding(features), readable, done.query_id)
+
     def on_judged(self, query_id: str, card: str, score: float) -> None:
         """An answer was judged, by a person or a golden probe. Taken in as soon as its decision is at hand."""
         task = asyncio.create_task(self._on_judged(query_id, card, score))
@@ -147,18 +168,24 @@ class Trust:
             self._log.error("judgement_not_learned", exc_info=error)
 
     async def _on_judged(self, query_id: str, card: str, score: float) -> None:
-        route = self._routes.get(query_id) or await self._stored(query_id)
+        route, readable = self._routes.get(query_id), (query_id, card) not in self._unread
+        if route is None:
+            route, readable = await self._stored(query_id, card)
         if route is None:
             await self._recorded(query_id)
             route = self._routes.get(query_id)
         candidate = next((c for c in route.candidates if c.card == card), None) if route is not None else None
         if route is None or candidate is None:
             return  # decided before this version, or the decision has been forgotten: nothing to compare with
-        self.judge(card, score, candidate, route.embedding, query_id)
+        self.judge(card, score, candidate, route.embedding, query_id, readable=readable)
 
-    async def _stored(self, query_id: str) -> m.Route | None:
+    async def _stored(self, query_id: str, card: str) -> tuple[m.Route | None, bool]:
+        """The decision on record, and whether the card's answer could be read, as far as that is known."""
         record = await reads.query(self._store, query_id)
-        return record.route if record is not None else None
+        if record is None:
+            return None, True
+        answers = taken(record.done) if record.done is not None else []
+        return record.route, not any(name == card and readable is False for name, _, _, readable in answers)
 
     async def _recorded(self, query_id: str) -> None:
         """Wait a moment for a decision that the recorder has not come to yet: an answer may be quicker than that."""
@@ -168,7 +195,10 @@ class Trust:
                 await event.wait()
         self._awaited.pop(query_id, None)
 
-    def judge(self, card: str, score: float, candidate: m.Candidate, features: bytes, query_id: str = "") -> None:
+    def judge(
+        self, card: str, score: float, candidate: m.Candidate, features: bytes, query_id: str = "", *,
+        readable: bool = True,
+    ) -> None:  # fmt: skip
         """Learn from a judgement, and compare it with what had been predicted. A second judgement of an answer takes
         the place of the first in what is learned; it is no further evidence on how the card stands."""
         before = self._standings.get(card, Standing())
@@ -179,8 +209,9 @@ class Trust:
             after, event = standing.judged(before, predicted, score)
         self._standings[card] = after
         if after.state == "healthy" and self._learner.judged(
-            card, embedding(features), candidate.terms.get("prior", candidate.quality), score, query_id
-        ):
+            card, embedding(features), candidate.terms.get("prior", candidate.quality), score, query_id,
+            readable=readable,
+        ):  # fmt: skip
             self._fresh = True
         if event is not None:
             self._happened(card, event, before, after)
@@ -188,9 +219,7 @@ class Trust:
     def _again(self, query_id: str, card: str) -> bool:
         """Whether this answer has been judged before; from now on it has."""
         known = (query_id, card) in self._judged or self._learner.knows(query_id, card)
-        self._judged[query_id, card] = None
-        if len(self._judged) > ROUTES:
-            self._judged.popitem(last=False)
+        _put(self._judged, (query_id, card))
         return known and bool(query_id)
 
     def _happened(self, card: str, event: str, before: Standing, after: Standing) -> None:
@@ -233,11 +262,14 @@ class Trust:
             except BaseException:
                 self._changed.add(card)
                 raise
-        if not self._fresh or not self._learner.ready:
+        now = self._clock()
+        due = self._fresh or (self._heard and now - self._told_at >= READINGS_S)
+        if not due or not self._learner.ready:
             return
-        self._version = max(self._version + 1, int(self._clock()))
+        self._version = max(self._version + 1, int(now))
         await tell(self._bus, "quality", self._version, self._learner.to_bytes())
-        self._fresh = False
+        self._fresh = self._heard = False
+        self._told_at = now
 
     def stands(self, card: str) -> m.CardStanding:
         """How a card stands, as planners are told."""
@@ -264,5 +296,12 @@ class Trust:
         if outcomes:
             self._outcomes_at = now
             records[_OUTCOMES] = self._learner.outcomes_to_bytes()
+            records[_READINGS] = self._learner.readings_to_bytes()
         for name, record in records.items():
             self._writer.note("parameters", {"name": name, "version": version, "at": now, "record": record})
+
+
+def _put(kept: OrderedDict[tuple[str, str], None], key: tuple[str, str]) -> None:
+    kept[key] = None
+    if len(kept) > ROUTES:
+        kept.popitem(last=False)

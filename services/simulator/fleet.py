@@ -34,6 +34,8 @@ class SimModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """It runs on workers with this many GPUs."""
     slots: int = 32
     description: str = ""
+    quality: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    """What its card promises of an answer, 0 to 1; learning from nothing begins there, as a running system does."""
 
 
 class SimWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from services.workers.engine.batcher import Batcher, Delta, Event, Failed, Finis
 from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.handover import Handover
 from services.workers.protocol import Start, State
-from shared import codec, subjects, tasks
+from shared import codec, subjects, tasks, unread
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError, DeadlineExpired, EngineFailed
@@ -390,7 +390,10 @@ class EngineHost:
             tokens_drafted=end.tokens_drafted,
             tokens_accepted=end.tokens_accepted,
         )
-        await self._bus.finish(done, resend=resend)
+        if work.expect is None and work.unread is None:
+            await self._bus.finish(done, resend=resend)
+        else:
+            await self._end_read(job, unread.ended(work, done), resend=resend)
         self.tokens_in += end.tokens_in
         self.tokens_out += end.tokens_out
         if end.tokens_out > 1:
@@ -404,6 +407,15 @@ class EngineHost:
             overhead_s=round(times.overhead_s, 4),
         )
 
+    async def _end_read(self, job: _Job, done: m.Done, *, resend: bool) -> None:
+        """The end of an answer that was to be read: when it cannot be, an executor may ask another model."""
+        ended = resend and await self._bus.claimed(done.query_id) is not None
+        if ended or not unread.may_go_on(job.work, done):
+            await self._bus.finish(done, resend=resend)
+            return
+        failed = unread.failed(job.work, done, self._clock())
+        await self._bus.publish(subjects.FAILED, failed, msg_id=f"{done.query_id}-failed-{job.attempt}")
+
     async def _give_up(self, job: _Job, error: CalmError, *, resend: bool = False) -> None:
         """A deadline ends the query here; for any other failure an executor decides what follows."""
         work, accepted = job.work, job.work.planned.accepted
@@ -415,6 +427,8 @@ class EngineHost:
                 attempt=job.attempt, stamps=work.stamps, card=work.card, artifact=work.artifact,
                 worker=self._start.worker, device_class=self._start.device.device_class,
             )  # fmt: skip
+            if work.unread is not None:
+                done = unread.settled(work.unread, self._clock())
             await self._bus.finish(done, resend=resend)
             return
         failed = m.AttemptFailed(
@@ -461,4 +475,6 @@ def _why(work: m.Work) -> str:
     route = work.planned.route
     if work.rank == 0:
         return route.why
+    if work.unread is not None:
+        return f"{work.card} took over after {work.unread.card} gave nothing readable; {route.why}"
     return f"{work.card} took over after {route.order[work.rank - 1]} failed; {route.why}"

@@ -20,7 +20,8 @@ def split(
 
     The clock of a query stands still for the orchestration while it waits for its model (until the engine was
     ready) and for a slot (until this engine had one free and was asking for work; and inside the engine until its
-    prompt began to be read). What is left beside prefill and decode is overhead: CALM's own work and the broker's.
+    prompt began to be read), and from the first dispatch to this one (earlier attempts). What is left beside prefill
+    and decode is overhead: CALM's own work and the broker's.
     """
     received = stamps["received"]
     dispatched = stamps["dispatched"]
@@ -31,7 +32,8 @@ def split(
     prefill_s = first_token_at - admitted_at
     decode_s = ended_at - first_token_at
     total_s = ended_at - received
-    parts = load_s + queue_s + prefill_s + decode_s
+    retried_s = max(0.0, dispatched - stamps.get("first_dispatched", dispatched))
+    parts = load_s + queue_s + prefill_s + decode_s + retried_s
     return Timings(
         queue_s=queue_s,
         load_s=load_s,
@@ -39,4 +41,5 @@ def split(
         decode_s=decode_s,
         overhead_s=max(0.0, total_s - parts),  # clocks of several hosts may differ by more than it
         total_s=total_s,
+        retried_s=retried_s,
     )

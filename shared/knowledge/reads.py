@@ -198,7 +198,7 @@ async def energy(store: Store) -> m.EnergyReports:
     )  # fmt: skip
     reported = select(e.c.worker, func.max(e.c.at).label("at")).group_by(e.c.worker).subquery()
     answered = (
-        select(c.c.worker, c.c.artifact, func.count(), func.sum(c.c.energy_j))
+        select(c.c.worker, c.c.artifact, func.count(), func.sum(c.c.energy_j - c.c.retried_j))
         .join(reported, reported.c.worker == c.c.worker)
         .where(c.c.answered, c.c.ended_at <= reported.c.at)
         .group_by(c.c.worker, c.c.artifact)

@@ -10,6 +10,8 @@ from shared import codec
 from shared import messages as m
 
 Row = dict[str, Any]
+READ_CHARS = 200
+"""Of what was read, in its own column; the record has all of it."""
 _DEVICE_SUMS = ("elapsed_s", "total_j", "idle_j", "other_j")
 _ACCOUNT_SUMS = ("active_j", "load_j", "loads", "busy_s", "tokens_in", "tokens_out")
 
@@ -45,6 +47,7 @@ def decision(route: m.Route, at: float) -> Row:
 def completion(done: m.Done, at: float) -> Row:
     """The end of a query."""
     answer = done.answer
+    reading = answer.reading if answer else None
     row: Row = {
         "query_id": done.query_id,
         "answered": answer is not None,
@@ -61,6 +64,9 @@ def completion(done: m.Done, at: float) -> Row:
         "tokens_out": answer.usage.tokens_out if answer else 0,
         "energy_j": answer.energy.joules if answer else 0.0,
         "energy_source": answer.energy.source if answer else "",
+        "retried_j": answer.energy.retried_j if answer else 0.0,
+        "readable": reading.value is not None if reading else None,
+        "read": reading.value[:READ_CHARS] if reading and reading.value is not None else None,
     }
     for name in ("queue_s", "load_s", "prefill_s", "decode_s", "overhead_s", "total_s"):
         row[name] = getattr(answer.timings, name) if answer else 0.0

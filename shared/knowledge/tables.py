@@ -96,12 +96,16 @@ completions = Table(
     _number("energy_j"),
     _text("energy_source"),
     _number("batch_mean"),
+    _number("retried_j"),
+    Column("readable", Boolean),
+    Column("read", String),
     Column("ended_at", Float, nullable=False, index=True),
     Column("record", LargeBinary, nullable=False),
     Index("ix_completions_artifact", "artifact", "device_class", "ended_at"),
     Index("ix_completions_card", "card", "ended_at"),
 )
-"""Ends of queries (`done.v1`); `code` is empty for an answer."""
+"""Ends of queries (`done.v1`); `code` is empty for an answer. `readable` is NULL where nothing was expected of it,
+`read` where nothing was read in it. `retried_j` is the part of `energy_j` that went into earlier attempts."""
 
 operations = Table(
     "operations",

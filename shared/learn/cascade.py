@@ -8,7 +8,8 @@ right after each such sight (a line in the predicted quality, drawn to the ident
     ask a -> nothing readable -> ask t, or give up
           -> answer           -> take it, or ask b -> nothing readable -> take a's
                                                    -> the same         -> take it, or ask t
-                                                   -> another          -> take a's, take b's, or ask t
+                                                   -> another          -> take a's, take b's, or ask t,
+                                                       who has the last word, or a vote (`votes`)
 
 Energy and latency enter as prices on expected joules and seconds: the Lagrangian of "best quality within a budget",
 whose multiplier the dual controller moves; so escalations are ranked by gain per joule, and not by gain. Sources:
@@ -28,15 +29,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.learn import lines
+from shared.learn.votes import Votes
+
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-KEEP, SECOND = -1, -2
-"""Actions beside the index of a model to ask: take the first model's answer, take the second's."""
-STRENGTH = 200.0
-"""Observations that weigh as much as the belief that a sight says nothing. Of many plans the one that chance flatters
-looks best, so lines are drawn in firmly: with a 70 B model at 0.27 of its energy, 25, 100 and 400 give 0.526, 0.529 and
-0.531, and 1.8, 1.8 and 1.6 attempts a query (mean of two cross-validations of two folds)."""
+KEEP, SECOND, THIRD, LAST = -1, -2, -3, -4
+"""Actions beside the index of a model to ask: take the first model's answer, the second's, the third's; the third has
+the last word."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Plan:
     """After the second agreed: a model, or KEEP."""
     other_then: Integers
     """After the second differed: a model, KEEP or SECOND."""
+    torn: Integers
+    """LAST, where a third model that is asked then has the last word. Else it has a vote, and where all three differ
+    the answer is taken of the first (KEEP), SECOND or THIRD."""
 
     @property
     def first(self) -> Integers:
@@ -76,9 +80,19 @@ class Plan:
             then = KEEP if not answer else int((self.same_then if answer == said else self.other_then)[i, first])
             if then == SECOND:
                 return "take", second
+        elif said and heard[1][1] and said != heard[1][1] and (torn := int(self.torn[i, first])) != LAST:
+            return "take", self._elected(torn, [model for model, _ in heard], [answer for _, answer in heard])
         else:  # the last word, or the last that could be read
             return "take", next((model for model, answer in reversed(heard) if answer), first)
         return ("take", first) if then == KEEP else ("ask", then)
+
+    @staticmethod
+    def _elected(torn: int, models: list[int], answers: list[str]) -> int:
+        """Of three models, the first two of which differ."""
+        a, b, t = models
+        if not answers[2] or answers[2] == answers[0]:
+            return a
+        return b if answers[2] == answers[1] else {KEEP: a, SECOND: b, THIRD: t}[torn]
 
 
 @dataclass(frozen=True)
@@ -94,11 +108,14 @@ class Played:
 class Cascade:
     """Chances of being right after what has been heard, and the plan that they make best."""
 
-    def __init__(self, none: Array, alone: Array, agree: Array, same: Array, other: Array) -> None:
+    def __init__(
+        self, none: Array, alone: Array, agree: Array, same: Array, other: Array, votes: Votes | None = None
+    ) -> None:
         """Lines (level, slope) in predicted quality. `none` [k, k, 2]: t after a gave nothing readable; `alone` [k, 2]:
         a has answered; `agree` [k, k, 2]: a and b say the same, in the mean of their qualities; `same` and `other`
         [k, k, k, 2]: t after a and b agreed or differed."""
         self.none, self.alone, self.agree, self.same, self.other = none, alone, agree, same, other
+        self.votes = votes
 
     @classmethod
     def fit(
@@ -107,29 +124,36 @@ class Cascade:
         score: NDArray[Any],
         answered: NDArray[np.bool_] | None = None,
         answer: NDArray[Any] | None = None,
+        *,
+        vote: bool = False,
     ) -> Cascade:
         """All [n, k]: quality as predicted without these queries, recorded scores (NaN: not asked), whether an answer
-        could be read, and what it was (None where answers cannot be compared)."""
+        could be read, and what it was (None where answers cannot be compared). `vote`: a third opinion is a vote."""
         k = quality.shape[1]
+
+        def line(x: NDArray[Any], y: NDArray[Any], rows: NDArray[np.bool_]) -> Array:
+            return lines.fit(x[rows], y[rows])
+
         known = ~np.isnan(score)
         heard = known if answered is None else answered & known
         none, alone = np.zeros((k, k, 2)), np.zeros((k, 2))
         agree, same, other = np.zeros((k, k, 2)), np.zeros((k, k, k, 2)), np.zeros((k, k, k, 2))
         for a in range(k):
-            alone[a] = _line(quality[:, a], score[:, a], heard[:, a])
+            alone[a] = line(quality[:, a], score[:, a], heard[:, a])
             for b in range(k):
-                none[a, b] = _line(quality[:, b], score[:, b], known[:, a] & ~heard[:, a] & known[:, b])
+                none[a, b] = line(quality[:, b], score[:, b], known[:, a] & ~heard[:, a] & known[:, b])
                 both = heard[:, a] & heard[:, b] if answer is not None else np.zeros(len(score), bool)
                 alike = both & (answer[:, a] == answer[:, b]) if answer is not None else both
-                agree[a, b] = _line((quality[:, a] + quality[:, b]) / 2.0, alike.astype(np.float64), both)
+                agree[a, b] = line((quality[:, a] + quality[:, b]) / 2.0, alike.astype(np.float64), both)
                 for t in range(k):
                     last = score[:, t]
                     if t not in {a, b}:  # where t gives nothing readable, the better of the two stands
                         better = a if np.nanmean(score[:, a]) >= np.nanmean(score[:, b]) else b
                         last = np.where(heard[:, t], score[:, t], score[:, better])
-                    same[a, b, t] = _line(quality[:, t], last, alike & known[:, t])
-                    other[a, b, t] = _line(quality[:, t], last, both & ~alike & known[:, t])
-        return cls(none, alone, agree, same, other)
+                    same[a, b, t] = line(quality[:, t], last, alike & known[:, t])
+                    other[a, b, t] = line(quality[:, t], last, both & ~alike & known[:, t])
+        votes = Votes.fit(quality, score, heard, answer) if vote and answer is not None else None
+        return cls(none, alone, agree, same, other, votes)
 
     def plan(
         self,
@@ -151,44 +175,66 @@ class Cascade:
         """
         n, k = quality.shape
         worths = np.zeros((n, k))
-        actions = [np.full((n, k), KEEP) for _ in range(4)]
+        actions = [*(np.full((n, k), KEEP) for _ in range(4)), np.full((n, k), LAST)]
         for a in range(k):
-            taken = _at(self.alone[a], quality[:, a])
+            taken = lines.at(self.alone[a], quality[:, a])
             none_worth, none_then = np.zeros(n), np.full(n, KEEP)
             after_worth, second = taken.copy(), np.full(n, KEEP)
-            same_then, other_then = np.full(n, KEEP), np.full(n, KEEP)
+            same_then, other_then, torn = np.full(n, KEEP), np.full(n, KEEP), np.full(n, LAST)
             for b in range(k):
                 if b == a:
                     continue
                 if retry:
-                    worth = _at(self.none[a, b], quality[:, b]) - cost[:, b]
+                    worth = lines.at(self.none[a, b], quality[:, b]) - cost[:, b]
                     none_then = np.where(worth > none_worth, b, none_then)
                     none_worth = np.maximum(worth, none_worth)
                 if compare:
                     same_worth, same_do = self._after(self.same[a, b], a, b, quality, cost)
-                    other_worth, other_do = self._after(self.other[a, b], a, b, quality, cost)
-                    rate = _at(self.agree[a, b], (quality[:, a] + quality[:, b]) / 2.0)
+                    if self.votes is None:
+                        other_worth, other_do = self._after(self.other[a, b], a, b, quality, cost)
+                        torn_do = torn
+                    else:
+                        other_worth, other_do, torn_do = self._vote(self.votes, a, b, quality, answers, cost)
+                    rate = lines.at(self.agree[a, b], (quality[:, a] + quality[:, b]) / 2.0)
                     said = rate * same_worth + (1.0 - rate) * other_worth
                     worth = answers[:, b] * said + (1.0 - answers[:, b]) * taken - cost[:, b]
                     better = worth > after_worth
                     after_worth = np.where(better, worth, after_worth)
                     second = np.where(better, b, second)
                     same_then, other_then = np.where(better, same_do, same_then), np.where(better, other_do, other_then)
+                    torn = np.where(better, torn_do, torn)
             worths[:, a] = answers[:, a] * after_worth + (1.0 - answers[:, a]) * none_worth - cost[:, a]
-            for action, chosen in zip(actions, (none_then, second, same_then, other_then), strict=True):
+            for action, chosen in zip(actions, (none_then, second, same_then, other_then, torn), strict=True):
                 action[:, a] = chosen
         return Plan(worths, *actions)
 
-    def _after(self, lines: Array, a: int, b: int, quality: NDArray[Any], cost: NDArray[Any]) -> tuple[Array, Integers]:
+    def _after(self, after: Array, a: int, b: int, quality: NDArray[Any], cost: NDArray[Any]) -> tuple[Array, Integers]:
         """Worth of the best end after a and b have answered, and the action."""
-        first, second = _at(lines[a], quality[:, a]), _at(lines[b], quality[:, b])
+        first, second = lines.at(after[a], quality[:, a]), lines.at(after[b], quality[:, b])
         worth, action = np.maximum(first, second), np.where(second > first, SECOND, KEEP)
         for t in range(quality.shape[1]):
             if t not in {a, b}:
-                further = _at(lines[t], quality[:, t]) - cost[:, t]
+                further = lines.at(after[t], quality[:, t]) - cost[:, t]
                 action = np.where(further > worth, t, action)
                 worth = np.maximum(further, worth)
         return worth, action
+
+    def _vote(
+        self, votes: Votes, a: int, b: int, quality: NDArray[Any], answers: NDArray[Any], cost: NDArray[Any]
+    ) -> tuple[Array, Integers, Integers]:
+        """Worth of the best end after a and b have differed where a third has a vote, the action, and what to do if
+        all three differ."""
+        first, second = (lines.at(self.other[a, b, m], quality[:, m]) for m in (a, b))
+        worth, action = np.maximum(first, second), np.where(second > first, SECOND, KEEP)
+        torn = np.full(len(worth), KEEP)
+        for t in range(quality.shape[1]):
+            if t not in {a, b}:
+                counted, taken = votes.worth(a, b, t, quality)
+                asked = answers[:, t] * counted + (1.0 - answers[:, t]) * first - cost[:, t]
+                better = asked > worth
+                worth, action = np.where(better, asked, worth), np.where(better, t, action)
+                torn = np.where(better, np.array([KEEP, SECOND, THIRD])[taken], torn)
+        return worth, action, torn
 
 
 def play(
@@ -215,19 +261,12 @@ def play(
     final = np.where(both & (last == SECOND), then, final)
     final = np.where(both & further & ~got, then, final)  # as `Plan.step`: the last that could be read
     final = np.where(got, last, final)
+    torn = plan.torn[rows, first]
+    vote = both & ~alike & further & (torn != LAST)
+    if answer is not None and vote.any():
+        third = np.maximum(last, 0)
+        with_second = got & (answer[rows, third] == answer[rows, np.maximum(then, 0)])
+        lone = got & ~with_second & (answer[rows, third] != answer[rows, first])
+        elected = np.where(with_second | (lone & (torn == SECOND)), then, first)
+        final = np.where(vote, np.where(lone & (torn == THIRD), last, elected), final)
     return Played(final, asked, asked.sum(1))
-
-
-def _line(x: NDArray[Any], y: NDArray[Any], rows: NDArray[np.bool_]) -> Array:
-    """(level, slope) of y on x over these rows, drawn to the identity (0, 1)."""
-    x, off = x[rows], (y - x)[rows]
-    if not len(x):
-        return np.array([0.0, 1.0])
-    middle = x.mean()
-    level = off.sum() / (len(x) + STRENGTH)
-    slope = ((x - middle) * off).sum() / (((x - middle) ** 2).sum() + STRENGTH * 0.02)
-    return np.array([level - slope * middle, 1.0 + slope])
-
-
-def _at(line: Array, x: NDArray[Any]) -> Array:
-    return np.asarray(np.clip(line[0] + line[1] * x, 0.0, 1.0))

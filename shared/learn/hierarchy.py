@@ -146,19 +146,33 @@ def solve(sums: Sums, prior: Prior) -> Posterior:
     return Posterior(mean, np.swapaxes(inverse, 1, 2), reach @ shared_inverse.T, float(evidence), noise)
 
 
-def choose_prior(sums: Sums, prior: Prior) -> Prior:
-    """The prior of a grid around `prior` under which the outcomes are most probable (one sweep by coordinates)."""
-    best, found = prior, solve(sums, prior).evidence
-    for name, factors in product(("own_slope", "slope", "own_level", "noise"), ((0.5, 2.0), (0.7, 1.4))):
+def choose_prior(sums: Sums, prior: Prior, believed: Prior | None = None) -> Prior:
+    """The prior of a grid around `prior` under which the outcomes are most probable (one sweep by coordinates).
+
+    With `believed`, most probable along with how far it is from that: each scale is log-normal about it, by `DOUBT`."""
+    best, found = prior, solve(sums, prior).evidence - _distance(prior, believed)
+    for name, factors in product(SCALES, ((0.5, 2.0), (0.7, 1.4))):
         for factor in factors:
             limits = LIMITS[name]
             value = min(max(getattr(best, name) * factor, limits[0]), limits[1])
             trial = replace(best, **{name: value})
-            evidence = solve(sums, trial).evidence
+            evidence = solve(sums, trial).evidence - _distance(trial, believed)
             if evidence > found:
                 best, found = trial, evidence
     return best
 
+
+def _distance(prior: Prior, believed: Prior | None) -> float:
+    """What is taken from the evidence for what was believed beforehand."""
+    if believed is None:
+        return 0.0
+    return sum(0.5 * (math.log(getattr(prior, name) / getattr(believed, name)) / DOUBT) ** 2 for name in SCALES)
+
+
+SCALES = ("own_slope", "slope", "own_level", "noise")
+"""Entries of the prior that the evidence moves."""
+DOUBT = 0.5
+"""Standard deviation of the logarithm of a scale about what is believed of it: a factor of 1.6 either way."""
 
 LIMITS = {"own_slope": (0.02, 2.0), "slope": (0.02, 2.0), "own_level": (0.03, 0.3), "noise": (0.1, 0.5)}
 """Bounds within which the evidence may move the prior: few outcomes can speak for extremes."""

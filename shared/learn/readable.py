@@ -24,8 +24,10 @@ Array = NDArray[np.float64]
 
 READABLE = hierarchy.Prior(level=0.2, own_level=0.15, slope=0.2, own_slope=0.3, noise=0.35)
 """Of the chance that an answer can be read, around 1: until something unreadable has come, all is taken to be."""
-WORTH = hierarchy.Prior(own_slope=0.07)
-"""Of what a readable answer is worth."""
+WORTH = hierarchy.Prior(own_level=0.07, own_slope=0.07)
+"""Of what a readable answer is worth. With models' levels believed to differ by 0.15 the best guess after 3,000 queries
+was 1.67 points below the offline router, with 0.07 and 0.05 1.36 and 1.39 (24 seeds on each of four halves, standard
+error 0.12): a good model that was unlucky at first was not asked again."""
 
 
 class ReadableQuality:

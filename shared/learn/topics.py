@@ -25,6 +25,11 @@ alike within the noise (0.438, 0.440, 0.442, 0.436, standard error 0.004)."""
 NESTED = (4, 8)
 """Topics of a model that starts from nothing: a coarse partition beside a finer one, each adding up to 1. While
 outcomes are few the coarse one is learned first, for it pools more of them; later the finer one adds to it."""
+KINDS = 2
+"""Topics by form alone, where facts about the text's form are among the features: whether the options are numbers
+goes along with what sets two good models apart (correlations 0.13 and -0.13), more than any domain does. The best guess
+after 3,000 queries was 1.25 points below the offline router with a partition of 4 by content beside this one and 1.41
+with 4 and 8 by content alone; 3 by form gave 1.38 (12 to 16 seeds on each of eight halves, standard error 0.13)."""
 SOFTNESS = 0.1
 """Temperature of clusters' shares, as a share of the mean squared distance to the nearest middle. Of 0.05,
 0.1 and 0.2 the best in the middle, by less than the noise (0.435, 0.442, 0.438, standard error 0.005)."""
@@ -88,16 +93,21 @@ def supervised(x: NDArray[Any], categories: Sequence[str | None]) -> tuple[Topic
     return topics, _centred(own, topics.mean)
 
 
-def clusters(x: NDArray[Any], count: int | Sequence[int] = CLUSTERS) -> Topics:
-    """Topics that are clusters of the features [n, d]; several counts give several partitions side by side."""
+def clusters(x: NDArray[Any], count: int | Sequence[int] = CLUSTERS, *, form: int = 0) -> Topics:
+    """Topics that are clusters of the features [n, d]; several counts give several partitions side by side, and `form`,
+    how many of the last features are facts about the text's form (`features.FORM`), one by these alone beside them."""
     x = np.asarray(x, np.float64)
     centre = x.mean(0)
     y = x - centre
-    if isinstance(count, int):
+    if isinstance(count, int) and not form:
         weights, level, temperature = _partition(y, count)
         topics = Topics(centre, weights, level, temperature, np.zeros(len(level)))
     else:  # each with a temperature of its own, which goes into its weights
-        found = [(weights / heat, level / heat) for weights, level, heat in (_partition(y, c) for c in count)]
+        counts = (count,) if isinstance(count, int) else count
+        found = [(weights / heat, level / heat) for weights, level, heat in (_partition(y, c) for c in counts)]
+        if form:
+            weights, level, heat = _partition(y[:, -form:], KINDS)
+            found.append((np.vstack([np.zeros((y.shape[1] - form, len(level))), weights / heat]), level / heat))
         parts = tuple(len(level) for _, level in found)
         level = np.concatenate([level for _, level in found])
         topics = Topics(centre, np.hstack([weights for weights, _ in found]), level, 1.0, np.zeros(len(level)), parts)

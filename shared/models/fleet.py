@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from shared.messages import NonNegative, Positive, Share, Slug
+from shared.messages import Expect, NonNegative, Positive, Share, Slug
 
 
 class FleetSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,6 +22,8 @@ class QosSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     w_energy: NonNegative = 0.1
     latency_slo_s: Positive = 5.0
     energy_ref_j: Positive = 50.0
+    retries: Annotated[int, Meta(ge=0, le=8)] = 0
+    """Further models that are asked when an answer cannot be read (`expect`), for queries that do not say."""
 
 
 class ResidencySection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +88,8 @@ class CardSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     temperature: NonNegative = 0.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0
+    expect: Expect | None = None
+    """What its answers must look like, where the query does not say: `{ kind = "json", keys = ["name"] }`."""
 
 
 class EmbedderSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from shared import messages as m
+from shared import reading
 from shared.errors import FleetFileInvalid, ModelMissing
 from shared.models.fleet import (
     AdapterSection,
@@ -122,6 +123,7 @@ def policy(fleet: FleetFile) -> m.Policy:
         w_energy=qos.w_energy,
         latency_slo_s=qos.latency_slo_s,
         energy_ref_j=qos.energy_ref_j,
+        retries=qos.retries,
         min_residence_s=residency.min_residence_s,
         idle_evict_s=residency.idle_evict_s,
         max_wait_s=residency.max_wait_s,
@@ -172,6 +174,7 @@ def cards(fleet: FleetFile, store: Manifests) -> list[m.Card]:
                 top_p=card.top_p,
                 top_k=card.top_k,
                 parameters_b=manifest.architecture.parameters / 1e9,
+                expect=card.expect,
             )
         )
     return result
@@ -212,6 +215,12 @@ def _manifest(store: Manifests, name: str) -> Manifest:
         raise ModelMissing(error.message, "Fetch it with `calm models pull`.") from None
 
 
+_EXPECT = (
+    'Write { kind = "choice", of = ["A", "B"] }, { kind = "number" }, { kind = "json", keys = ["name"] } or'
+    ' { kind = "contains", any_of = ["yes"] }.'
+)
+
+
 class _Problem:
     """Makes errors that name the line."""
 
@@ -227,6 +236,8 @@ class _Problem:
         text, _, at = message.partition(" - at ")
         where = parse_path(at.strip("`"))
         name = _display(where)
+        if where[:1] == ("cards",) and "expect" in where:
+            return self.at(where[: where.index("expect") + 1], f"{name} is not what may be expected: {text}.", _EXPECT)
         if match := re.search(r"unknown field `(.+)`", text):
             known = _fields(where)
             near = difflib.get_close_matches(match[1], known, 1, 0.5)
@@ -375,6 +386,8 @@ def _check_cards(fleet: FleetFile, problem: _Problem) -> None:
                 f"{card.max_tokens} tokens of answer leave no room for a prompt in a context of {model.context}.",
                 "Lower the card's max_tokens, or raise the model's context.",
             )
+        if card.expect is not None and (wrong := reading.problem(card.expect)) is not None:
+            raise problem.at(("cards", index, "expect"), *wrong)
 
 
 def _check_probes(fleet: FleetFile, problem: _Problem) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from nats.aio.msg import Msg
 
+from services.monitor import trust
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
@@ -199,5 +200,77 @@ async def test_a_judgement_given_again_takes_the_place_of_the_first_across_a_res
         assert learner.judgements == 61
         assert learner.quality is not None
         assert learner.quality.sums.count.sum() == pytest.approx(61.0)
+    finally:
+        await again.stop()
+
+
+async def answered(
+    bus: Bus, i: int, card: str, reading: m.Reading | None, unread: list[m.Unread] | None = None
+) -> None:
+    """A query that was routed to alpha, and answered by `card`."""
+    candidates = [
+        m.Candidate(card=name, artifact="small-int8", quality=0.5, terms={"prior": 0.5}) for name in ("alpha", "beta")
+    ]
+    route = m.Route(query_id=f"q{i}", order=["alpha"], candidates=candidates, reason="r", embedding=features(i))
+    await bus.publish(subjects.DECISION_ROUTE, route, msg_id=f"q{i}-route")
+    ended = done(f"q{i}", card, unread=unread or [])
+    assert ended.answer is not None
+    await bus.claim(msgspec.structs.replace(ended, answer=msgspec.structs.replace(ended.answer, reading=reading)))
+
+
+async def heard(view: ControlView, readings: int) -> Learner:
+    async def probe() -> Learner | None:
+        if "quality" not in view.learned:
+            return None
+        learner = Learner.from_bytes(view.learned["quality"][1])
+        return learner if learner.readings >= readings else None
+
+    return await until(probe)
+
+
+def chances(learner: Learner) -> list[float]:
+    """Of alpha and beta to be read, for a query of the odd kind."""
+    assert learner.readable is not None
+    x = np.frombuffer(features(1), "<f2").astype(np.float64)
+    return [float(chance) for chance in learner.readable.predict(x[None, :], np.ones((1, 2))).mean[0]]
+
+
+async def test_whether_answers_could_be_read_teaches_planners_without_any_judgement_and_survives_a_restart(
+    bus: Bus, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third answer of alpha is retried with beta: the end of such a query teaches of both. Answers that nothing
+    was expected of teach nothing; nor do judgements of unreadable ones, for they are known to be worth nothing."""
+    monkeypatch.setattr(trust, "READINGS_S", 0.0)
+    monitor = await start_monitor(settings, Store("small"))
+    view = ControlView(bus)
+    await view.start()
+    good, bad = m.Reading(value="A", why="announced"), m.Reading(value=None, why="nothing")
+    first = m.Unread(card="alpha", artifact="small-int8", worker="w1", attempt=1, why="nothing", tokens_out=9)
+    try:
+        await ready(bus)
+        for i in range(60):
+            if i % 3 == 0:
+                await answered(bus, i, "beta", good, [first])
+            else:
+                await answered(bus, i, "alpha", bad if i % 3 == 1 else None)
+        learner = await heard(view, 60)
+        alpha, beta = chances(learner)
+        assert alpha < 0.4
+        assert beta > alpha + 0.4
+        assert learner.judgements == 0
+        await judge(bus, 1, 0.0)  # alpha's, not readable
+        await judge(bus, 0, 1.0)  # beta's, readable
+        learner = await told(view, 1)
+        assert learner[1].judgements == 1
+        assert learner[1].quality is not None
+        assert learner[1].quality.sums.count.tolist() == [0.0, 1.0]
+    finally:
+        await monitor.stop()
+    again = await start_monitor(settings, Store("small"), "two")
+    try:
+        await answered(bus, 60, "alpha", bad)
+        learned = await heard(view, 61)
+        assert chances(learned)[0] == pytest.approx(alpha, abs=0.05)
+        assert learned.judgements == 1
     finally:
         await again.stop()

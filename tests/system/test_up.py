@@ -140,6 +140,40 @@ async def test_a_newcomer_s_first_quarter_of_an_hour(tmp_path: Path, models: Pat
         await _nothing_left(tmp_path)
 
 
+@pytest.mark.timeout(600)
+async def test_choices_are_read_in_answers_and_another_model_is_asked_where_none_can_be(
+    tmp_path: Path, models: Path
+) -> None:
+    """The real model names the capital, which is read; it names neither of two odd words, and then another card, asked
+    as was allowed, does not either: one answer, which says so, and the record tells of both attempts."""
+    async with _up(tmp_path, models) as up:
+        question = "What is the capital of France?"
+        asked = await up.run(*CALM, "ask", question, "--max-tokens", "24", "--expect", "choice:Paris,London")
+        assert "read: Paris (only)" in asked
+        odd = ("--expect", "choice:xylograph,quincunx", "--retries", "1", "--max-tokens", "8")
+        answer = json.loads(await up.run(*CALM, "ask", question, *odd, "--json"))
+        assert answer["type"] == "answer.v1"
+        assert answer["reading"]["value"] is None
+        assert answer["attempt"] == 2
+        assert 0 < answer["energy"]["retried_j"] < answer["energy"]["joules"]
+        for _ in range(100):  # the recorder announces nothing
+            explained = await up.run(*CALM, "explain", answer["id"], "--json")
+            if json.loads(explained).get("done"):
+                break
+            await asyncio.sleep(0.1)
+        text = await up.run(*CALM, "explain", answer["id"])
+        assert "not readable" in text
+        assert "gave nothing readable" in text
+        streamed = await up.run(*CALM, "ask", question, *odd)
+        assert "[starting over with another model or worker]" in streamed
+        assert "not readable" in streamed
+        refused = await up.run(*CALM, "ask", question, "--expect", "choice:A,a", status=1)
+        assert "cannot be told apart" in refused
+        url = (tmp_path / "run" / "nats_url").read_text()
+        example = (ROOT / "examples" / "expect.py").read_text().replace("nats://127.0.0.1:4222", url)
+        assert " by smollm2" in await up.run(sys.executable, "-c", example)
+
+
 async def _nothing_left(home: Path) -> None:
     """Every process ends with the system: the kernel and the nursery see to it; nothing announces it."""
     for _ in range(50):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from shared import messages as m
 
 
-def done(query_id: str, card: str = "alpha", *, tokens_in: int = 10, tokens_out: int = 11, **more: object) -> m.Done:
+def done(
+    query_id: str, card: str = "alpha", *, tokens_in: int = 10, tokens_out: int = 11, text: str = "text", **more: object
+) -> m.Done:
     """An answered query: 1 s prefill, 2 s decode, 0.5 s elsewhere, 6 J."""
     answer = m.Answer(
         id=query_id,
-        text="text",
+        text=text,
         model=card,
         artifact="small-int8",
         worker="w1",

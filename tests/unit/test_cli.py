@@ -11,6 +11,7 @@ from services.cli import ask, explain, status
 from services.cli.decide import FIRST_S, LONGEST_S, STEADY_S, History, after_end
 from services.cli.options import parser, settings_of, url_file
 from shared import messages as m
+from shared.errors import InvalidQuery
 from shared.models.fleet_file import load_fleet
 from shared.models.pull import wanted_by
 from shared.settings import Settings, parse_bytes
@@ -34,6 +35,27 @@ def test_ask_s_options_become_the_query() -> None:
     assert talk.prompt is None
     assert [t.role for t in talk.messages or []] == ["system", "user"]
     assert talk.stream is False
+
+
+@pytest.mark.parametrize(
+    ("what", "expect"),
+    [
+        ("choice:A, B", m.ExpectChoice(of=["A", "B"])),
+        ("number", m.ExpectNumber()),
+        ("json", m.ExpectJson()),
+        ("json:name,age", m.ExpectJson(keys=["name", "age"])),
+        ("contains:SELECT", m.ExpectContains(any_of=["SELECT"])),
+    ],
+)
+def test_ask_s_expectation_becomes_the_query_s(what: str, expect: m.Expect) -> None:
+    query = ask.query_of(_arguments("ask", "hi", "--expect", what, "--retries", "2"), "hi", "id1")
+    assert (query.expect, query.retries) == (expect, 2)
+
+
+@pytest.mark.parametrize("what", ["choice", "choice:A", "regex:a+", "contains"])
+def test_an_expectation_that_ask_does_not_understand_is_refused_with_what_to_write(what: str) -> None:
+    with pytest.raises(InvalidQuery, match="choice:A,B,C"):
+        ask.expected(what)
 
 
 def test_a_local_system_is_found_by_its_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

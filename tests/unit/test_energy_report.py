@@ -70,7 +70,7 @@ def test_no_joules_are_shown_as_less_than_none() -> None:
     text = render(m.EnergyReports(workers=[report(accounts=[account])]))
     assert "charged 2.5 J more than was active" in text
     assert "in no answer" not in text
-    assert "in no answer (cancelled, failed, still running, rounding): 60 J" in render(
+    assert "in no answer (cancelled, failed, not readable, still running, rounding): 60 J" in render(
         m.EnergyReports(workers=[report()])
     )
 

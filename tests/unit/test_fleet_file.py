@@ -126,6 +126,11 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("variants = [", "slots = 0\nvariants = [", "slots = 0", "models[0].slots", "models[0].slots"),
         ("variants = [", "sequences = 4\nvariants = [", "sequences = 4", "memory for 8 slots unused", "at least 8"),
         ("variants = [", "sequences = 999\nvariants = [", "sequences = 999", "models[0].sequences", "models[0].seq"),
+        ("quality = 0.5", 'expect = { kind = "regex" }', "expect", "cards[0].expect", "choice"),
+        ("quality = 0.5", 'expect = { kind = "json", key = [] }', "expect", "unknown field `key`", "keys ="),
+        ("quality = 0.5", 'expect = { kind = "choice" }', "expect", "required field `of`", "of = ["),
+        ("quality = 0.5", 'expect = { kind = "choice", of = ["A", "a"] }', "expect", "cannot be told apart", "once"),
+        ("latency_slo_s = 3", "retries = 9", "retries = 9", "qos.retries", "qos.retries"),
     ],
 )
 def test_a_mistake_is_answered_with_its_line(old: str, new: str, at: str, message: str, remedy: str) -> None:
@@ -202,6 +207,14 @@ def test_cards_carry_what_the_store_knows() -> None:
     assert cards[1].tags == ["local"]
     specs = fleet_file.artifact_specs(fleet_file.parse_fleet(GOOD, "f"), _Store("int8", "fp32"))
     assert set(specs) == {"small-int8", "small-fp32"}
+
+
+def test_what_is_expected_of_answers_reaches_cards_and_policy() -> None:
+    text = GOOD.replace("quality = 0.5", 'expect = { kind = "json", keys = ["name"] }', 1)
+    fleet = fleet_file.parse_fleet(text.replace("latency_slo_s = 3", "retries = 2"), "f")
+    cards = fleet_file.cards(fleet, _Store("int8", "fp32"))
+    assert [card.expect for card in cards] == [m.ExpectJson(keys=["name"]), None]
+    assert fleet_file.policy(fleet).retries == 2
 
 
 def test_memory_and_guessing_are_as_the_file_says() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from msgspec.structs import replace
 from sqlalchemy import Connection, create_engine, func, select, text
 
 from shared import messages as m
@@ -162,6 +163,24 @@ async def test_a_record_holds_everything_about_a_query(store: Store) -> None:
         received_at=1000.0,
     )
     assert await reads.query(store, "unknown") is None
+
+
+async def test_what_was_read_is_on_record_and_can_be_searched(store: Store) -> None:
+    """NULL where nothing was expected; joules of attempts that were not taken are in no answer's account."""
+    read, unread = m.Reading(value="B" * 300, why="alone"), m.Reading(value=None, why="nothing")
+    ends = []
+    for name, reading in (("q1", read), ("q2", unread), ("q3", None)):
+        ended = done(name)
+        assert ended.answer is not None
+        energy = m.Energy(joules=8.0, source="model", retried_j=2.0)
+        ends.append(replace(ended, answer=replace(ended.answer, reading=reading, energy=energy)))
+    report = m.EnergyReport(worker="w1", at=AT + 9, accounts=[m.EnergyAccount(artifact="small-int8", active_j=30.0)])
+    await store.commit(Batch(completions=[rows.completion(end, AT) for end in ends], energy=rows.energy(report)))
+    table = t.completions.c
+    async with store.read() as connection:
+        found = await connection.execute(select(table.readable, table.read).order_by(table.query_id))
+        assert [tuple(row) for row in found] == [(True, "B" * 200), (False, None), (None, None)]
+    assert (await reads.energy(store)).workers[0].accounts[0].answers_j == pytest.approx(3 * 6.0)
 
 
 async def test_recent_is_newest_first_and_limited(store: Store) -> None:

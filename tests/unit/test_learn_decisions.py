@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shared.learn import bandit, offpolicy
-from shared.learn.cascade import KEEP, Cascade, Plan, play
+from shared.learn import bandit, lines, offpolicy
+from shared.learn.cascade import KEEP, LAST, SECOND, THIRD, Cascade, Plan, play
 from shared.learn.quality import QualityModel
 from shared.learn.readable import ReadableQuality
 from shared.learn.topics import clusters
@@ -39,14 +39,15 @@ def net(plan: Plan, cost: Array, score: Array, answered: NDArray[np.bool_], answ
 
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 1000), prices=st.tuples(*[st.floats(0.0, 0.6)] * 3), compare=st.booleans(), retry=st.booleans()
-)
+    seed=st.integers(0, 1000), prices=st.tuples(*[st.floats(0.0, 0.6)] * 3), compare=st.booleans(),
+    retry=st.booleans(), vote=st.booleans(),
+)  # fmt: skip
 def test_a_plan_played_at_once_takes_the_same_steps(
-    seed: int, prices: tuple[float, float, float], compare: bool, retry: bool
+    seed: int, prices: tuple[float, float, float], compare: bool, retry: bool, vote: bool
 ) -> None:
     """`play` over all queries ends where `Plan.step` leads query by query, and a query ends after three at most."""
     quality, score, answered, answer = exam(60, seed)
-    cascade = Cascade.fit(quality, score, answered, answer)
+    cascade = Cascade.fit(quality, score, answered, answer, vote=vote)
     plan = cascade.plan(
         quality, answered.mean(0) + 0.0 * quality, np.tile(prices, (60, 1)), compare=compare, retry=retry
     )
@@ -76,6 +77,45 @@ def test_what_is_heard_is_worth_hearing() -> None:
         assert plan.worth.max(1).mean() == pytest.approx(nets[-1], abs=0.03), "what was promised is what came"
     assert nets[0] + 0.01 < nets[1]
     assert nets[1] + 0.01 < nets[2]
+
+
+def peers(n: int, seed: int) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.str_]]:
+    """Two equals and a weaker third, each right by itself, and wrong in nine different ways."""
+    rng = np.random.default_rng(seed)
+    quality = np.tile([0.5, 0.5, 0.35], (n, 1)) + rng.normal(0.0, 0.02, (n, 3))
+    right, wrong = rng.random((n, 3)) < quality, rng.integers(1, 10, (n, 3))
+    answer = np.where(right, "0", wrong.astype("<U1"))
+    return quality, right.astype(float), np.ones((n, 3), bool), answer
+
+
+def test_two_that_agree_against_a_third_are_believed_more_than_any_of_three_that_differ() -> None:
+    """The lines that votes are learned as tell the two apart, in a world where wrong answers seldom coincide."""
+    quality, score, answered, answer = peers(4000, 0)
+    votes = Cascade.fit(quality, score, answered, answer, vote=True).votes
+    assert votes is not None
+    assert Cascade.fit(quality, score, answered, answer).votes is None
+    chance = np.array([0.5])
+    together = lines.at(votes.pair[0, 1, 2], (chance + 0.35) / 2.0)
+    apart = [lines.at(votes.torn[0, 1, 2, place], chance) for place in range(3)]
+    assert together[0] > max(apart)[0] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("torn", "third", "taken"),
+    [
+        (KEEP, "x", 0), (THIRD, "x", 0), (THIRD, "y", 1), (KEEP, "y", 1), (KEEP, "z", 0), (SECOND, "z", 1),
+        (THIRD, "z", 2), (THIRD, "", 0), (LAST, "x", 2), (LAST, "z", 2), (LAST, "", 1),
+    ],
+)  # fmt: skip
+def test_a_third_opinion_is_counted_or_has_the_last_word(torn: int, third: str, taken: int) -> None:
+    """The first said x and the second y: a vote decides between them or, alone, as planned; the last word is the last
+    that could be read."""
+    keep = np.full((1, 3), KEEP)
+    plan = Plan(np.array([[1.0, 0.0, 0.0]]), keep, np.full((1, 3), 1), keep, np.full((1, 3), 2), np.full((1, 3), torn))
+    answer = np.array([["x", "y", third]])
+    assert plan.step(0, [(0, "x"), (1, "y")]) == ("ask", 2)
+    assert plan.step(0, [(0, "x"), (1, "y"), (2, third)]) == ("take", taken)
+    assert play(plan, answer != "", answer).final[0] == taken
 
 
 def test_asking_for_free_is_never_declined_and_asking_at_any_price_never_done() -> None:

@@ -185,6 +185,48 @@ def test_the_same_input_gives_the_same_topics() -> None:
     assert own.shape == (100, 3)
 
 
+def test_topics_by_form_see_nothing_but_the_form() -> None:
+    """Beside clusters of everything stands a partition by the last features alone; each adds up to one."""
+    x, _, _ = world(200)
+    form_of = np.random.default_rng(2).normal(size=(200, 3)) * 0.01 + np.array([[0.3], [-0.3]])[np.arange(200) % 2]
+    both = np.hstack([x, form_of])
+    topics = clusters(both, 4, form=3)
+    assert topics.parts == (4, 2)
+    np.testing.assert_allclose(topics.shares(both).sum(1), 2.0)
+    moved = topics.shares(np.hstack([x[::-1], form_of]))
+    np.testing.assert_allclose(moved[:, 4:], topics.shares(both)[:, 4:])
+    by_form = topics.shares(both)[:, 4:].argmax(1)
+    assert len(set(by_form[::2])) == len(set(by_form[1::2])) == 1
+    assert by_form[0] != by_form[1]
+
+
+def test_evidence_moves_the_prior_against_what_was_believed_of_it() -> None:
+    """Where models differ far more than was believed, few outcomes move the scale a little and many a lot; and what was
+    believed is kept with the model."""
+    believed = hierarchy.Prior(own_level=0.03)
+    rng = np.random.default_rng(4)
+    reached = []
+    for count in (20, 100):
+        sums = hierarchy.Sums.empty(3, 2)
+        sums.add_all(np.ones((count, 2)) * [1.0, 0.0], (rng.random((count, 3)) < [0.9, 0.5, 0.1]).astype(float))
+        alone, held = hierarchy.choose_prior(sums, believed), hierarchy.choose_prior(sums, believed, believed)
+        assert believed.own_level <= held.own_level <= alone.own_level
+        reached.append(held.own_level)
+    assert reached[1] > 2.0 * believed.own_level
+    assert reached[0] <= reached[1]
+    x, y, _ = world(120)
+    model = QualityModel.start(MODELS, x, 4)
+    for row in range(120):
+        model.update(x[row], row % 3, y[row, row % 3])
+    assert model.prior != model.believed
+    for other in (
+        QualityModel.from_bytes(model.to_bytes()),
+        model.with_models(MODELS[:2]),
+        model.with_topics(model.topics, []),
+    ):
+        assert (other.prior, other.believed) == (model.prior, model.believed)
+
+
 def test_lengths_are_right_on_average_and_their_range_holds() -> None:
     """Expected tokens add up to what was written, for long tails too, and four of five answers lie in the range."""
     rng = np.random.default_rng(3)

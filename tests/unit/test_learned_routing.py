@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import msgspec
 import numpy as np
 import pytest
@@ -218,3 +220,84 @@ def test_outcomes_of_a_card_that_leaves_are_not_taken_back_when_it_returns() -> 
     learner.judged("beta", X, 0.5, 0.0, "q1")
     assert learner.quality is not None
     assert learner.quality.sums.count[1] == 1.0
+
+
+def asked(learner: Learner, query: m.Query) -> m.Route:
+    state = routing.State(
+        cards=CARDS, policy=m.Policy(fleet="f", w_latency=0.0, w_energy=0.0), workers=[WORKER], learned=Learned(learner)
+    )
+    return routing.decide(samples.analyzed(query, embedding=X.astype("<f4").tobytes()), state, 0.0)
+
+
+def test_a_card_whose_answers_cannot_be_read_loses_the_queries_that_expect_something_and_only_those() -> None:
+    """No judgement is needed: alpha promises more, and half of its answers are of no use to such a query."""
+    learner = begun()
+    for i in range(40):
+        learner.heard("alpha", X, i % 2 == 0, f"a{i}")
+        learner.heard("beta", X, True, f"b{i}")
+    expects = asked(learner, m.Query(prompt="hi", expect=m.ExpectNumber()))
+    assert expects.order == ["beta", "alpha"]
+    alpha = candidate(expects, "alpha")
+    assert alpha.terms["readable"] == pytest.approx(0.5, abs=0.1)
+    assert alpha.quality == pytest.approx(alpha.terms["readable"] * (alpha.terms["prior"] + alpha.terms["learned"]))
+    plain = asked(learner, m.Query(prompt="hi"))
+    assert plain.order == ["alpha", "beta"]
+    assert "readable" not in candidate(plain, "alpha").terms
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans()), max_size=12), st.randoms(use_true_random=False)
+)
+def test_judgements_of_unreadable_answers_teach_nothing_whichever_is_known_first(
+    events: list[tuple[int, bool, bool]], random: Random
+) -> None:
+    """Judgement and reading of an answer come in either order; what is learned is the same."""
+    queries = np.random.default_rng(1).normal(0.0, 1.0, (5, 4))
+    readable = {i: can for i, can, _ in events}
+    scores = {i: float(score) for i, _, score in events}
+    told = [("heard", i) for i in readable] + [("judged", i) for i in scores]
+    random.shuffle(told)
+    one, other = begun(), begun()
+    for what, i in told:
+        if what == "heard":
+            one.heard("alpha", queries[i], readable[i], f"q{i}")
+        else:
+            one.judged("alpha", queries[i], 0.5, scores[i], f"q{i}")
+    for i, can in readable.items():
+        if can:
+            other.judged("alpha", queries[i], 0.5, scores[i], f"q{i}")
+    assert means(one, queries[0]) == pytest.approx(means(other, queries[0]), abs=1e-9)
+    assert one.judgements == other.judgements
+    assert one.readings == len(readable)
+
+
+def test_readings_are_stored_taken_up_and_learned_again_with_new_topics() -> None:
+    """What came before there were topics is not lost, nor is anything by a restart or by topics made anew."""
+    learner, draw = Learner(list(CARDS)), np.random.default_rng(0)
+    assert not learner.heard("alpha", X, False, "early")
+    made = [first for _ in range(START) if (first := learner.seen(draw.normal(0.0, 1.0, 4))) is not None]
+    learner.begin(first_quality(learner.cards, made[0]))
+    assert learner.heard("alpha", X, False, "later")
+    assert not learner.heard("alpha", X, False, "later")  # once for each answer
+    again = Learner.from_bytes(learner.to_bytes())
+    again.take_readings(learner.readings_to_bytes())
+    anew = Learner.from_bytes(learner.to_bytes())
+    anew.take_readings(learner.readings_to_bytes())
+    assert anew.quality is not None
+    anew.begin(anew.quality)
+    for one in (learner, again, anew):
+        assert one.ready
+        assert one.readings == 2
+        assert one.readable is not None
+        assert one.readable.sums.count[0] == pytest.approx(2.0)
+        assert one.readable.predict(X[None], np.ones((1, 2))).mean[0, 0] < 0.9
+    with pytest.raises(ValueError, match="readings"):
+        again.take_readings(b"nonsense")
+
+
+def test_what_was_stored_before_readings_were_learned_is_taken_up() -> None:
+    learner = begun()
+    learner.judged("alpha", X, 0.5, 1.0, "q1")
+    again = Learner.from_bytes(learner.to_bytes())
+    assert again.readings == 0
+    assert again.heard("alpha", X, False, "q2")

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from services.monitor.decide import admission
+from shared import codec
 from shared import messages as m
 from shared.errors import CalmError, InvalidQuery, NotReady, PromptTooLarge, UnknownModel
 
@@ -134,3 +135,34 @@ def test_reply_subjects_of_the_system_are_refused() -> None:
         with pytest.raises(InvalidQuery) as caught:
             admission.check_reply(subject)
         assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        (m.Query(prompt="x", expect=m.ExpectChoice(of=["A", "a"])), "cannot be told apart"),
+        (m.Query(prompt="x", retries=1), "`retries`"),
+        (m.Query(prompt="x", retries=1, model="lawyer", expect=m.ExpectNumber()), "`lawyer` alone"),
+    ],
+)
+def test_expectations_that_cannot_work_are_refused_with_what_to_change(query: m.Query, says: str) -> None:
+    with pytest.raises(InvalidQuery, match=says) as refused:
+        _admit(query)
+    assert refused.value.remedy
+
+
+def test_retries_need_no_expectation_where_a_card_has_one() -> None:
+    cards = {**CARDS, "clerk": m.Card(name="clerk", artifact=_SPEC, description="Forms", expect=m.ExpectJson())}
+    assert _admit(m.Query(prompt="x", retries=1), cards).query.retries == 1
+    assert _admit(m.Query(prompt="x", retries=0)).query.retries == 0
+
+
+@pytest.mark.parametrize(
+    "expect",
+    ['{"kind": "choice"}', '{"kind": "choice", "of": ["A"]}', '{"kind": "regex", "pattern": "(a+)+"}', '"json"',
+     '{"kind": "json", "key": ["a"]}', '{"of": ["A", "B"]}'],
+)  # fmt: skip
+def test_a_malformed_expectation_is_refused_with_all_that_may_be_expected(expect: str) -> None:
+    with pytest.raises(InvalidQuery, match="expect") as refused:
+        codec.decode_public(f'{{"prompt": "x", "expect": {expect}}}'.encode(), m.Query, "json")
+    assert '{"kind": "choice", "of": ["A", "B"]}' in refused.value.remedy

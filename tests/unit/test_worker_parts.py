@@ -48,6 +48,17 @@ def test_loading_and_waiting_are_told_apart() -> None:
     assert abs(parts["overhead"] - 1.1) < 1e-9
 
 
+def test_time_of_earlier_attempts_stands_by_itself() -> None:
+    """From the first dispatch to the last it is neither overhead nor anything of the attempt that answered."""
+    stamps = {"received": 0.0, "first_dispatched": 0.5, "dispatched": 3.0, "pulled": 3.1}
+    parts = timings.split(
+        stamps, engine_ready_at=0.0, slot_open_at=0.0, admitted_at=3.1, first_token_at=4.0, ended_at=5.0
+    )
+    assert parts.retried_s == pytest.approx(2.5)
+    assert parts.overhead_s == pytest.approx(0.6)
+    assert parts.total_s == 5.0
+
+
 times = st.lists(st.floats(0, 100), min_size=7, max_size=7)
 
 

@@ -30,10 +30,34 @@ def conversation(query: m.Query, card: m.Card) -> list[m.ChatMessage]:
     return turns
 
 
-def work(planned: m.Planned, cards: Mapping[str, m.Card], rank: int, attempt: int, now: float) -> m.Work:
-    """The attempt with the card at `rank` of the route. Raises KeyError when that card has left the fleet."""
+def work(
+    planned: m.Planned,
+    cards: Mapping[str, m.Card],
+    rank: int,
+    attempt: int,
+    now: float,
+    *,
+    first_dispatched: float | None = None,
+    unread: m.Done | None = None,
+    retries: int = 0,
+) -> m.Work:
+    """The attempt with the card at `rank` of the route. Raises KeyError when that card has left the fleet.
+
+    Args:
+        planned: the query with its route.
+        cards: the fleet's.
+        rank: index into the route.
+        attempt: its number, from 1.
+        now: Unix seconds.
+        first_dispatched: when the first attempt was dispatched; None for that one.
+        unread: the end of an earlier attempt whose answer could not be read.
+        retries: the fleet's number, for queries that do not say.
+    """
     card = cards[planned.route.order[rank]]
     accepted = planned.accepted
+    query = accepted.query
+    before = {} if first_dispatched is None else {"first_dispatched": first_dispatched}
+    allowed = retries if query.retries is None else query.retries
     return m.Work(
         query_id=accepted.query_id,
         attempt=attempt,
@@ -45,8 +69,21 @@ def work(planned: m.Planned, cards: Mapping[str, m.Card], rank: int, attempt: in
         messages=conversation(accepted.query, card),
         sampling=sampling(accepted.query, card),
         planned=planned,
-        stamps=m.stamp(accepted.stamps, dispatched=now),
+        expect=query.expect if query.expect is not None else card.expect,
+        retries=allowed if unread is None else max(0, allowed - len(unread.unread) - 1),
+        unread=unread,
+        stamps=m.stamp(accepted.stamps, dispatched=now, **before),
     )
+
+
+def after(failed: m.AttemptFailed, cards: Mapping[str, m.Card], rank: int, now: float, retries: int = 0) -> m.Work:
+    """The attempt at `rank` that follows a failed one, and carries on what could not be read."""
+    before = failed.work
+    return work(
+        before.planned, cards, rank, failed.attempt + 1, now,
+        first_dispatched=before.stamps.get("first_dispatched", before.stamps.get("dispatched")),
+        unread=failed.unread or before.unread, retries=retries,
+    )  # fmt: skip
 
 
 def next_rank(
@@ -72,10 +109,14 @@ def next_rank(
     return ranks[0] if ranks else None
 
 
-def after_failure(failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: Callable[[str], bool]) -> int | None:
+def after_failure(
+    failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: Callable[[str], bool], now: float
+) -> int | None:
     """The rank to try after a failed attempt; None when the query has failed for good."""
     if failed.failure.code in NOT_WORTH_REPEATING:
         return None
+    if failed.unread is not None:
+        return after_unreadable(failed, cards, usable, now)
     start = failed.work.rank + 1
     if failed.failure.code != "context_exceeded":
         return next_rank(failed.work.planned.route, cards, start, usable, failed.work.artifact)
@@ -83,3 +124,27 @@ def after_failure(failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: 
     limit = tried.artifact.context if tried else 0
     larger = {name: card for name, card in cards.items() if card.artifact.context > limit}
     return next_rank(failed.work.planned.route, larger, start, usable, failed.work.artifact)
+
+
+def after_unreadable(
+    failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: Callable[[str], bool], now: float
+) -> int | None:
+    """The rank to ask after an answer that cannot be read; None when that answer is to be taken after all.
+
+    Not a card that would say the same (same model, same words, same settings), nor one whose artifact rests, and none
+    when less time is left than this attempt took.
+    """
+    tried = failed.work
+    took_s = failed.at - tried.stamps.get("dispatched", failed.at)
+    accepted = tried.planned.accepted
+    if tried.retries < 1 or now + took_s > accepted.deadline_at:
+        return None
+    query = accepted.query
+    others = {
+        name: card
+        for name, card in cards.items()
+        if usable(card.artifact.name)
+        and (card.artifact.name, card.adapter, conversation(query, card), sampling(query, card))
+        != (tried.artifact, tried.adapter, tried.messages, tried.sampling)
+    }
+    return next_rank(tried.planned.route, others, tried.rank + 1, usable)

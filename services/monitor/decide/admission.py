@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 from shared import messages as m
+from shared import reading
 from shared.errors import CalmError, InvalidQuery, NotReady, PromptTooLarge, UnknownModel
 from shared.settings import format_bytes
 
@@ -67,6 +68,8 @@ def admit(
         raise not_ready()
     _check_models(query, cards)
     _check_tags(query, cards)
+    if query.expect is not None or query.retries:
+        _check_expected(query, cards)
     return m.Accepted(
         query=query,
         query_id=query.id or new_id,
@@ -131,3 +134,19 @@ def _check_tags(query: m.Query, cards: Mapping[str, m.Card]) -> None:
                 f"`constraints.tags` asks for `{tag}`, which no model of this fleet carries.",
                 f"The fleet has these tags: {', '.join(known)}." if known else "This fleet uses no tags; leave it out.",
             )
+
+
+def _check_expected(query: m.Query, cards: Mapping[str, m.Card]) -> None:
+    wrong = reading.problem(query.expect) if query.expect is not None else None
+    if wrong is not None:
+        raise InvalidQuery(*wrong)
+    if query.retries and query.expect is None and not any(card.expect for card in cards.values()):
+        raise InvalidQuery(
+            "`retries` asks for another model when an answer cannot be read; nothing says what is to be read in it.",
+            reading.REMEDY,
+        )
+    if query.retries and query.model is not None:
+        raise InvalidQuery(
+            f"`retries` asks for another model, and `model` allows `{query.model}` alone.",
+            "Leave `model` out; `constraints.models` names several.",
+        )

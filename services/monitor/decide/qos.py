@@ -113,7 +113,7 @@ class Windows:
 
 
 def _run(done: m.Done, answer: m.Answer) -> _Run:
-    timings, joules = answer.timings, answer.energy.joules
+    timings, joules = answer.timings, answer.energy.joules - answer.energy.retried_j
     in_j, out_j = done.energy_in_j, done.energy_out_j
     if not in_j and not out_j and joules:  # the worker does not know the split: by time, as power is about constant
         share = _ratio(timings.prefill_s, timings.prefill_s + timings.decode_s)

@@ -34,9 +34,9 @@ class Signals:
             took_s = answer.timings.prefill_s + answer.timings.decode_s
             if expected_s > 0.0 and took_s > 0.0:
                 values["latency"] = math.log(took_s / expected_s)
-            expected_j = chosen.terms.get("active_j", 0.0)
-            if expected_j > 0.0 and answer.energy.joules > 0.0:
-                values["energy"] = math.log(answer.energy.joules / expected_j)
+            expected_j, took_j = chosen.terms.get("active_j", 0.0), answer.energy.joules - answer.energy.retried_j
+            if expected_j > 0.0 and took_j > 0.0:
+                values["energy"] = math.log(took_j / expected_j)
         return [found for name, value in values.items() if (found := self._observe(card, name, value, now))]
 
     def routed(self, route: m.Route, now: float) -> list[m.Symptom]:

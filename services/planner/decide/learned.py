@@ -48,9 +48,10 @@ def tokens_out(learned: Learned, profile: m.Profile, cards: Sequence[m.Card], ot
 
 
 def predict(
-    learned: Learned, profile: m.Profile, cards: Sequence[m.Card], prior: Array, terms: Terms
+    learned: Learned, profile: m.Profile, cards: Sequence[m.Card], prior: Array, terms: Terms, *, expects: bool = False
 ) -> tuple[Array, Array, Terms]:
-    """Quality of each card for a query, 0 to 1.
+    """Quality of each card for a query, 0 to 1. Where something is expected of the answer, by the query or by the card,
+    it is what a readable answer is worth times the chance that it can be read (`shared.learn.readable`).
 
     Args:
         learned: what is known.
@@ -58,13 +59,15 @@ def predict(
         cards: k cards.
         prior: [k] what they promise for it.
         terms: of the prior, one for each card.
+        expects: whether the query says what its answer must look like.
 
     Returns:
         [k] quality, [k] standard deviation of that expectation (0 where nothing is learned), and terms: those given,
-        with `prior`, and `learned` (the mean added to it), `std`, `scale` where they apply.
+        with `prior`, and `learned` (the mean added to it), `std`, `scale`, `readable` (the chance) where they apply.
     """
     k = len(cards)
     mean, std = np.zeros(k), np.zeros(k)
+    readable: dict[int, tuple[float, float]] = {}
     x = np.frombuffer(profile.embedding, "<f4").astype(np.float64)
     learner = learned.learner
     if learner is not None and learner.quality is not None and len(x) == len(learner.quality.topics.centre):
@@ -73,8 +76,15 @@ def predict(
         columns = [row[cards[i].name] for i in known]
         found = learner.quality.predict(x[None, :])
         mean[known], std[known] = found.mean[0, columns], found.std[0, columns]
+        if expects or any(card.expect is not None for card in cards):
+            readable = _readable(learner, x, [(i, row[cards[i].name]) for i in known if expects or cards[i].expect])
     scale = np.array([learned.scale(card.name) for card in cards])
     quality = np.clip((prior + mean) * scale, 0.0, 1.0)
+    for i, (chance, spread) in readable.items():
+        # `std` is that of quality before `scale`, which multiplies it wherever it is used
+        std[i] = np.hypot(chance * std[i], quality[i] / max(scale[i], 1e-6) * spread)
+        quality[i] *= chance
+        terms[i]["readable"] = chance
     for i, term in enumerate(terms):
         term["prior"] = float(prior[i])
         if learner is not None:
@@ -82,6 +92,15 @@ def predict(
         if scale[i] != 1.0:
             term["scale"] = float(scale[i])
     return quality, std, terms
+
+
+def _readable(learner: Learner, x: Array, wanted: Sequence[tuple[int, int]]) -> dict[int, tuple[float, float]]:
+    """Chance that an answer can be read, 0 to 1, and its standard deviation, by index of the card; `wanted` has each
+    card's index and its column in what is learned."""
+    if learner.readable is None or not learner.readings or not wanted:
+        return {}
+    found = learner.readable.predict(x[None, :], np.ones((1, len(learner.cards))))
+    return {i: (float(np.clip(found.mean[0, j], 0.0, 1.0)), float(found.std[0, j])) for i, j in wanted}
 
 
 def shares(utility: Array, spread: Array, normal: Array, budget: float) -> Array:

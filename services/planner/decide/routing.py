@@ -152,7 +152,8 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
     if state.learned is not None:  # 4
         promised, terms = standing.promise.predict(profile)
-        q, _, terms = learning.predict(state.learned, profile, cards, promised, terms)
+        expects = query.expect is not None
+        q, _, terms = learning.predict(state.learned, profile, cards, promised, terms, expects=expects)
     elif state.predictor is not None:
         q, terms = state.predictor(analyzed, cards)
     else:

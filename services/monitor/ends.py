@@ -1,0 +1,48 @@
+"""Brings the end of a query together with its decision, whichever of them is recorded first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from shared import messages as m
+
+OPEN = 2_000
+"""Queries of which only one of the two is known so far; the oldest is given up."""
+
+
+class Ends:
+    """Tells `on_answered` of every query that has been answered, with the embedding that its decision holds."""
+
+    def __init__(self, on_answered: Callable[[m.Done, bytes], None]) -> None:
+        self._on_answered = on_answered
+        self._open: OrderedDict[str, bytes] = OrderedDict()
+        self._done: OrderedDict[str, m.Done] = OrderedDict()
+
+    def on_route(self, route: m.Route) -> None:
+        """A query was routed."""
+        if (done := self._done.pop(route.query_id, None)) is not None:
+            self._tell(done, route.embedding)
+        elif route.embedding:
+            _put(self._open, route.query_id, route.embedding)
+
+    def on_done(self, done: m.Done) -> None:
+        """A query has ended."""
+        features = self._open.pop(done.query_id, None)
+        if done.answer is None:
+            return
+        if features is None:
+            _put(self._done, done.query_id, done)
+        else:
+            self._tell(done, features)
+
+    def _tell(self, done: m.Done, features: bytes) -> None:
+        if features:
+            self._on_answered(done, features)
+
+
+def _put(kept: OrderedDict[str, Any], key: str, value: Any) -> None:
+    kept[key] = value
+    if len(kept) > OPEN:
+        kept.popitem(last=False)
