@@ -56,7 +56,7 @@ def make(
     )
     more: dict[str, Any] = {"timer": timer} if timer else {}
     if joint:
-        more["prefill_chunk"] = 8  # more is read in several steps, and so with what decodes
+        more |= {"prefill_chunk": 8, "long": 8}  # more is read in several steps, and so with what decodes
     text = Text(model[0], model[1].tokenizer)
     return Batcher(
         runner, text, slots=SLOTS, context=CONTEXT, meter=ModelMeter(1, 1, 1), schedule=schedule, **more
