@@ -90,11 +90,12 @@ class Engine:
             return False
         bus = await connecting
         host = EngineHost(bus, self._settings, start, batcher, self.meter, self._priority, _say, self._log)
-        await host.start()
-        gc.freeze()  # what stays for good is not searched for garbage between two tokens
         assert self._opened is not None
+        held_bytes = measured_bytes()  # before it pulls: counting pages takes milliseconds
+        gc.freeze()  # what stays for good is not searched for garbage between two tokens
+        await host.start()
         load_s = time.perf_counter() - began
-        _say(Ready(load_s=load_s, provider=self._opened.provider, measured_bytes=measured_bytes()))
+        _say(Ready(load_s=load_s, provider=self._opened.provider, measured_bytes=held_bytes))
         reporting = asyncio.create_task(self._report_activity(host))
         told = await _until_told(stdin, self._settings, self.meter)
         await host.stop(told.timeout_s)
@@ -118,7 +119,9 @@ class Engine:
                 store.path(start.spec.model), store.get(start.spec.model), start.spec, start.device,
                 caches=settings.weights_paths,
             )  # fmt: skip
-        return start_batcher(self._opened, self.meter, gate=_gate(start))
+        batcher = start_batcher(self._opened, self.meter, gate=_gate(start))
+        batcher.rehearse()
+        return batcher
 
     def _activity(self, host: EngineHost) -> Activity:
         return Activity(

@@ -6,6 +6,7 @@ token, so that a long prompt never stalls running streams. Synchronous; the call
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -212,6 +213,15 @@ class Batcher:
         self._schedule.add(
             request.id, _keys(prompt, adapter), reserve=len(prompt) + limit, urgent=request.urgent, now_s=self._clock()
         )
+
+    def rehearse(self) -> None:
+        """Render, encode and decode some text, so that the first prompt does not find everything cold: the chat
+        template of SmolLM2 takes 4 ms to compile, and others wait for the interpreter meanwhile."""
+        with contextlib.suppress(CalmError):  # of a template that is refused: the query is told
+            growing = Growing(self._text.tokenizer, [])
+            for token in self._text.prompt([ChatMessage(role="user", content="rehearsal")]):
+                growing.push(token)
+            growing.finish()
 
     def cancel(self, sequence: str) -> bool:
         """Stop a sequence and free its row; False when it is not here."""
