@@ -22,6 +22,8 @@ from shared.views import FleetView, ModelsView
 
 GRACE_S = 0.25
 """The engine, which notices the deadline itself, is given this much longer to say so."""
+LET_GO_AFTER_S = 0.02
+"""A query is let go of a moment after its end is on record, out of the way of the answer that is just being sent."""
 LIMIT = 10_000
 """Queries supervised at once."""
 
@@ -196,7 +198,7 @@ class Executor:
 
     async def _on_done(self, message: Msg) -> None:
         query_id = message.subject.split(".")[2]
-        self._supervision.ended(query_id)
+        asyncio.get_running_loop().call_later(LET_GO_AFTER_S, self._supervision.ended, query_id)
         if self._breakers:
             done = codec.unpack(message.data, m.Done)
             if done.answer is not None:

@@ -147,8 +147,8 @@ class Planner:
             )
             await self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
             self._count(route)
-            self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
             await self._bus.journal(subjects.DECISION_ROUTE, route, msg_id=decision)
+            self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
         else:
             failure = codec.failure_of(routing.refusal(route, analyzed, state), accepted.query_id)
             await self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=decision)
