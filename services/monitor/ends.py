@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 from shared import messages as m
+from shared.bounded import put
 
 OPEN = 2_000
 """Queries of which only one of the two is known so far; the oldest is given up."""
@@ -25,7 +25,7 @@ class Ends:
         if (done := self._done.pop(route.query_id, None)) is not None:
             self._tell(done, route.embedding)
         elif route.embedding:
-            _put(self._open, route.query_id, route.embedding)
+            put(self._open, route.query_id, route.embedding, OPEN)
 
     def on_done(self, done: m.Done) -> None:
         """A query has ended."""
@@ -33,16 +33,10 @@ class Ends:
         if done.answer is None:
             return
         if features is None:
-            _put(self._done, done.query_id, done)
+            put(self._done, done.query_id, done, OPEN)
         else:
             self._tell(done, features)
 
     def _tell(self, done: m.Done, features: bytes) -> None:
         if features:
             self._on_answered(done, features)
-
-
-def _put(kept: OrderedDict[str, Any], key: str, value: Any) -> None:
-    kept[key] = value
-    if len(kept) > OPEN:
-        kept.popitem(last=False)

@@ -17,6 +17,7 @@ from services.monitor.telling import tell
 from services.monitor.writer import Writer
 from shared import messages as m
 from shared import subjects
+from shared.bounded import put
 from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
@@ -127,11 +128,9 @@ class Trust:
 
     def on_route(self, route: m.Route) -> None:
         """A query was routed."""
-        self._routes[route.query_id] = route
+        put(self._routes, route.query_id, route, ROUTES)
         if (awaited := self._awaited.get(route.query_id)) is not None:
             awaited.set()
-        if len(self._routes) > ROUTES:
-            self._routes.popitem(last=False)
         if route.embedding and (first := self._learner.seen(embedding(route.embedding))) is not None:
             self._beginning = asyncio.create_task(self._begin(first))
         self._symptoms += self._signals.routed(route, self._clock())
@@ -152,7 +151,7 @@ class Trust:
             if readable is None:
                 continue
             if not readable:
-                _put(self._unread, (done.query_id, card))
+                put(self._unread, (done.query_id, card), None, ROUTES)
             if self._standings.get(card, Standing()).state == "healthy":
                 self._heard |= self._learner.heard(card, embedding(features), readable, done.query_id)
 
@@ -219,7 +218,7 @@ class Trust:
     def _again(self, query_id: str, card: str) -> bool:
         """Whether this answer has been judged before; from now on it has."""
         known = (query_id, card) in self._judged or self._learner.knows(query_id, card)
-        _put(self._judged, (query_id, card))
+        put(self._judged, (query_id, card), None, ROUTES)
         return known and bool(query_id)
 
     def _happened(self, card: str, event: str, before: Standing, after: Standing) -> None:
@@ -299,9 +298,3 @@ class Trust:
             records[_READINGS] = self._learner.readings_to_bytes()
         for name, record in records.items():
             self._writer.note("parameters", {"name": name, "version": version, "at": now, "record": record})
-
-
-def _put(kept: OrderedDict[tuple[str, str], None], key: tuple[str, str]) -> None:
-    kept[key] = None
-    if len(kept) > ROUTES:
-        kept.popitem(last=False)

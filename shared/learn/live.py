@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.bounded import put
 from shared.learn import arrays
 from shared.learn.quality import Outcome, QualityModel
 from shared.learn.readable import READABLE, ReadableQuality
@@ -127,10 +128,9 @@ class Learner:
         key = query_id, card
         if card not in self.cards or key in self._heard or not len(x):
             return False
-        heard = self._heard[key] = Heard(np.asarray(x, "<f2").tobytes(), readable)
+        heard = Heard(np.asarray(x, "<f2").tobytes(), readable)
+        put(self._heard, key, heard, KEPT)
         self.readings += 1
-        if len(self._heard) > KEPT:
-            self._heard.popitem(last=False)
         if not readable and (before := self._kept.pop(key, None)) is not None:  # judged before this was known
             self._withdraw(card, before)
             self.judgements -= 1
@@ -158,9 +158,7 @@ class Learner:
         self.quality.update(kept.embedding, index, score, prior)
         self.judgements += before is None
         if query_id:
-            self._kept[query_id, card] = kept
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            put(self._kept, (query_id, card), kept, KEPT)
         return True
 
     def knows(self, query_id: str, card: str) -> bool:

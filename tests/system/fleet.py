@@ -12,6 +12,14 @@ from tests.tiny import write_tiny_embedder, write_tiny_gguf
 CONTEXT = 4096
 
 
+def stored(file: Path) -> Path:
+    """Pull what a fleet file names into a store beside it (`models`); the fleet file's path."""
+    store = ModelStore(file.parent / "models")
+    for wanted in pull.wanted_by(load_fleet(str(file))):
+        pull.pull(wanted, store, pull.Silent())
+    return file
+
+
 def write(folder: Path) -> Path:
     """Write a fleet file, its sources and its store (`folder/models`); the fleet file's path."""
     gguf = write_tiny_gguf(folder / "tiny.gguf", context=CONTEXT)
@@ -66,7 +74,4 @@ description = "answers too"
 quality = 0.1
 max_tokens = 16
 """)
-    store = ModelStore(folder / "models")
-    for wanted in pull.wanted_by(load_fleet(str(file))):
-        pull.pull(wanted, store, pull.Silent())
-    return file
+    return stored(file)

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.models import pull
-from shared.models.fleet_file import load_fleet
-from shared.models.store import ModelStore
 from tests import tiny_adapter
+from tests.system import fleet
 from tests.system.client import ask, knowledge
 from tests.system.conftest import System
 from tests.tiny import write_tiny_embedder
@@ -59,10 +57,7 @@ slots = 4
         sections += f'\n[[cards]]\nname = "{name}"\nmodel = "tiny"\nvariant = "fp32"\n{adapter}description = "{name}"\n'
     file = folder / "specialists.toml"
     file.write_text(sections)
-    store = ModelStore(folder / "models")
-    for wanted in pull.wanted_by(load_fleet(str(file))):
-        pull.pull(wanted, store, pull.Silent())
-    return file
+    return fleet.stored(file)
 
 
 async def test_three_cards_answer_from_one_engine(system: System) -> None:

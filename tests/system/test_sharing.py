@@ -10,9 +10,7 @@ from nats.aio.msg import Msg
 
 from shared import codec, subjects
 from shared.messages import Done
-from shared.models import pull
-from shared.models.fleet_file import load_fleet
-from shared.models.store import ModelStore
+from tests.system import fleet
 from tests.system.client import ask
 from tests.system.conftest import System
 from tests.tiny import write_tiny_embedder, write_tiny_gguf
@@ -65,10 +63,7 @@ variant = "fp32"
 description = "repeats pieces of its prompt"
 prompt_lookup = true
 """)
-    store = ModelStore(folder / "models")
-    for wanted in pull.wanted_by(load_fleet(str(file))):
-        pull.pull(wanted, store, pull.Silent())
-    return file
+    return fleet.stored(file)
 
 
 class Ended:

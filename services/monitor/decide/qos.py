@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shared import messages as m
+from shared.bounded import put
 
 WINDOW = 200
 """Ends and judgements remembered, per artifact and device class and per card."""
@@ -89,9 +90,7 @@ class Windows:
         """A user has judged an answer of `card`; a later judgement of the same query replaces it."""
         scores = self._card(card).scores
         scores.pop(query_id, None)
-        scores[query_id] = score
-        if len(scores) > WINDOW:
-            scores.popitem(last=False)
+        put(scores, query_id, score, WINDOW)
         self.changes += 1
 
     def snapshot(self, version: int, at: float) -> m.Qos:
