@@ -16,10 +16,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
-from nats.js.api import PubAck
 
 from shared import codec, streams, subjects, tasks
 from shared import messages as m
+from shared.durable import Ack, Durable
 from shared.errors import BusUnavailable, Overloaded
 from shared.settings import Settings
 
@@ -30,6 +30,7 @@ _WRONG_LAST_SEQUENCE = 10071
 _QUEUE_FULL = 10077
 JOURNAL_AFTER_S = 0.03
 _RETRY_S = 0.25
+_ACK_S = 5.0
 _REHEARSALS = 64
 
 
@@ -45,7 +46,8 @@ class Bus:
 
     def __init__(self, nc: Client, log: Log | None) -> None:
         self.nc = nc
-        self.js: JetStreamContext = nc.jetstream(timeout=5)
+        self.js: JetStreamContext = nc.jetstream(timeout=_ACK_S)
+        self._durable = Durable(nc, _ACK_S)
         self._log = log
         self._on_reconnect: list[Callable[[], None]] = []
         self._ensuring: asyncio.Task[None] | None = None
@@ -98,6 +100,7 @@ class Bus:
                 f"No NATS server answers at {_without_password(settings.nats_url)} ({error}).",
                 "Start the system with `calm up`, or set CALM_NATS_URL.",
             ) from None
+        await bus._durable.start()
         return bus
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
@@ -171,11 +174,11 @@ class Bus:
         """
         return not (await self._publish(subject, codec.pack(message), {"Nats-Msg-Id": msg_id})).duplicate
 
-    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> PubAck:
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> Ack:
         repeated = False
         while True:
             try:
-                ack = await self.js.publish(subject, data, headers=dict(headers))
+                ack = await self._durable.publish(subject, data, headers)
             except nats.js.errors.NoStreamResponseError:
                 await self.ensure()
             except (nats.errors.TimeoutError, nats.errors.OutboundBufferLimitError,
@@ -217,8 +220,9 @@ class Bus:
             return None
         return codec.unpack(raw.data or b"", m.Done)
 
-    async def finish(self, done: m.Done, *, resend: bool = False) -> bool:
-        """Claim the end of a query and, when the claim is won, send the client its final message.
+    async def finish(self, done: m.Done, *, resend: bool = False, chunk: m.Chunk | None = None) -> bool:
+        """Claim the end of a query and, when the claim is won, send the client its final message, behind the last
+        `chunk` of its text if there is one: both reach it at once, and nothing is in the claim's way.
 
         With `resend` (the input was delivered before, so an earlier holder may have died between
         claiming and sending) the recorded end is sent again: the same message, never another one.
@@ -228,6 +232,8 @@ class Bus:
         if final is not None and final.reply:
             message = final.answer or final.failure
             if message is not None:
+                if chunk is not None and won:
+                    await self.reply(final.reply, chunk, final.encoding)
                 await self.reply(final.reply, message, final.encoding)
         return won
 
@@ -283,7 +289,7 @@ class Bus:
         return values
 
     async def kv_put(self, bucket: str, key: str, message: msgspec.Struct) -> None:
-        await self.js.publish(subjects.kv(bucket, key), codec.pack(message))
+        await self._durable.publish(subjects.kv(bucket, key), codec.pack(message), {})
 
 
 def _without_password(url: str) -> str:

@@ -301,14 +301,14 @@ class EngineHost:
                 prompt_lookup=work.prompt_lookup,
             )  # fmt: skip
             self._submit(request)
-            end = await self._stream(job)
+            end, rest = await self._stream(job)
         except asyncio.CancelledError:
             self._withdraw(work.query_id)
             raise
         finally:
             self._jobs.pop(work.query_id, None)
         if isinstance(end, Finished):
-            await self._finish(job, end, resend=deliveries > 1)
+            await self._finish(job, end, rest, resend=deliveries > 1)
             self._unsent -= 1
             if self._unsent <= 0:
                 self._sent.set()
@@ -316,9 +316,11 @@ class EngineHost:
             await self._give_up(job, end.error, resend=deliveries > 1)
         return True
 
-    async def _stream(self, job: _Job) -> Finished | Failed | None:
-        """Send chunks as they come; the event that ended the sequence, or None when it was cancelled."""
+    async def _stream(self, job: _Job) -> tuple[Finished | Failed | None, m.Chunk | None]:
+        """Send chunks as they come; the event that ended the sequence, None when it was cancelled, and the last chunk,
+        which is still to be sent."""
         accepted = job.work.planned.accepted
+        wanted = accepted.query.stream and accepted.reply
         sequence = 0
         while True:
             text = ""
@@ -327,21 +329,23 @@ class EngineHost:
                 if isinstance(event, Delta):
                     text += event.text
                     if event.id in self._cancelled:
-                        return None
+                        return None, None
                 if isinstance(event, (Finished, Failed)) or job.events.empty():
                     break
                 event = job.events.get_nowait()
-            if text and accepted.query.stream and accepted.reply:
+            chunk = None
+            if text and wanted:
                 chunk = m.Chunk(
                     id=job.work.query_id, seq=sequence, attempt=job.attempt, text=text,
                     restarted=sequence == 0 and job.attempt > 1,
                 )  # fmt: skip
-                await self._bus.reply(accepted.reply, chunk, accepted.encoding)
                 sequence += 1
             if isinstance(event, (Finished, Failed)):
-                return event
+                return event, chunk
+            if chunk is not None:
+                await self._bus.reply(accepted.reply, chunk, accepted.encoding)
 
-    async def _finish(self, job: _Job, end: Finished, *, resend: bool) -> None:
+    async def _finish(self, job: _Job, end: Finished, rest: m.Chunk | None, *, resend: bool) -> None:
         work, accepted = job.work, job.work.planned.accepted
         times = timings.split(
             {**work.stamps, "pulled": job.pulled_at},
@@ -391,9 +395,9 @@ class EngineHost:
             tokens_accepted=end.tokens_accepted,
         )
         if work.expect is None and work.unread is None:
-            await self._bus.finish(done, resend=resend)
+            await self._bus.finish(done, resend=resend, chunk=rest)
         else:
-            await self._end_read(job, unread.ended(work, done), resend=resend)
+            await self._end_read(job, unread.ended(work, done), rest, resend=resend)
         self.tokens_in += end.tokens_in
         self.tokens_out += end.tokens_out
         if end.tokens_out > 1:
@@ -407,11 +411,11 @@ class EngineHost:
             overhead_s=round(times.overhead_s, 4),
         )
 
-    async def _end_read(self, job: _Job, done: m.Done, *, resend: bool) -> None:
+    async def _end_read(self, job: _Job, done: m.Done, rest: m.Chunk | None, *, resend: bool) -> None:
         """The end of an answer that was to be read: when it cannot be, an executor may ask another model."""
         ended = resend and await self._bus.claimed(done.query_id) is not None
         if ended or not unread.may_go_on(job.work, done):
-            await self._bus.finish(done, resend=resend)
+            await self._bus.finish(done, resend=resend, chunk=rest)
             return
         failed = unread.failed(job.work, done, self._clock())
         await self._bus.publish(subjects.FAILED, failed, msg_id=f"{done.query_id}-failed-{job.attempt}")

@@ -90,6 +90,10 @@ class LengthModel:
         """Expected output tokens [n, k] for x [n, d]: the means of `predict` alone, for those who decide on the way."""
         return self._expected(self._log.expected(x))
 
+    def expected_one(self, x: NDArray[Any]) -> Array:
+        """`expected` for one query: [d] to [k]."""
+        return self._expected(self._log.expected_one(x))
+
     def update(self, x: NDArray[Any], model: int, tokens: float) -> None:
         """One answer of the model with this index: x [d], and its length."""
         target = float(np.log1p(tokens)) - _USUAL

@@ -88,7 +88,7 @@ class Lengths:
         row = {name: i for i, name in enumerate(self.cards) if self.model.seen(i) >= TRUSTED_FROM}
         known = [i for i, name in enumerate(cards) if name in row]
         if known:
-            found[known] = self.model.expected(x[None, :])[0, [row[cards[i]] for i in known]]
+            found[known] = self.model.expected_one(x)[[row[cards[i]] for i in known]]
         return found
 
     def use(self, cards: Sequence[str]) -> None:

@@ -142,6 +142,11 @@ class QualityModel:
         """The means [n, k] of `predict` alone."""
         return np.asarray(self.topics.encode(x) @ self.posterior.mean.T + self._offset(x, None))
 
+    def expected_one(self, x: NDArray[Any]) -> Array:
+        """`expected` for one query: [d] to [k]."""
+        found = self.posterior.mean @ self.topics.encode_one(x)
+        return found if self._detail is None else found + (x - self._detail[0]) @ self._detail[1]
+
     def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None, spread: float = 1.0) -> Array:
         """Expected scores [s, n, k] under weights drawn from the posterior by `normal` [s, k + 1, p]; `spread` scales
         their deviation from the mean."""

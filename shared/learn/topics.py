@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,28 @@ class Topics:
     def encode(self, x: NDArray[Any]) -> Array:
         """Features of the topics: [n, d] to [n, 1 + t]."""
         return _centred(self.shares(x), self.mean)
+
+    def encode_one(self, x: NDArray[Any]) -> Array:
+        """`encode` of one query, [d] to [1 + t], for those who decide on its way: in a third of the operations."""
+        weights, level = self._folded
+        logits = x @ weights
+        logits += level
+        encoded = np.empty(self.size)
+        encoded[0] = 1.0
+        at = 0
+        for size in self.parts or (len(level),):
+            part = logits[at : at + size]
+            part -= part.max()
+            np.exp(part, out=part)
+            part /= part.sum()
+            at += size
+        np.subtract(logits, self.mean, out=encoded[1:])
+        return encoded
+
+    @cached_property
+    def _folded(self) -> tuple[Array, Array]:
+        """Weights [d, t] and levels [t] with centre and temperature in them."""
+        return self.weights / self.temperature, (self.level - self.centre @ self.weights) / self.temperature
 
 
 def supervised(x: NDArray[Any], categories: Sequence[str | None]) -> tuple[Topics, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from shared.models import safetensors
 from shared.models.embedder import Embedder
 from shared.models.embedder_import import import_embedder
 from shared.models.manifest import Manifest
+from shared.models.static_embedder import TABLE, StaticEmbedder
 from tests import tiny
 
 TEXTS = ["how do you write a number?", "the water is hot", "no", ""]
@@ -153,3 +155,24 @@ def test_safetensors_read_back(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(UnsupportedModel, match="BF16"):
             safetensors.read(file)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_static_table_finds_the_tokens_that_the_tokenizer_gives(tmp_path: Path, lowercase: bool) -> None:
+    """Words are taken apart here where that is the same, and by the tokenizer where it is not."""
+    file = tmp_path / "tokenizer.json"
+    made = json.loads((tiny.write_tiny_embedder(tmp_path / "source") / "tokenizer.json").read_text())
+    made["normalizer"]["lowercase"] = lowercase
+    file.write_text(json.dumps(made))
+    tokenizer = Tokenizer.from_file(str(file))
+    (tmp_path / "static").mkdir()
+    np.save(tmp_path / "static" / TABLE, np.ones((tokenizer.get_vocab_size(), 4), np.float16))
+    architecture = SimpleNamespace(context=10_000)
+    manifest = SimpleNamespace(tokenizer=SimpleNamespace(file=file.name), architecture=architecture)
+    embedder = StaticEmbedder(tmp_path, manifest, "static")  # type: ignore[arg-type]
+    texts = [
+        *TEXTS, "How's the WATER, hot-dog?", "a\tb\r\nc  d", "3.14 (or 22/7)", "the [CLS] water [SEP]", "x" * 120,
+        "wa\x00ter\x1f is", "la température", "水 water", "##er write", "the the The",
+    ]  # fmt: skip
+    for text in texts:
+        assert embedder.ids(text) == tokenizer.encode(text, add_special_tokens=False).ids, text

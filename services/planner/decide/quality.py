@@ -56,6 +56,7 @@ class Prior:
         feedback = {c.card: c for c in qos.cards}
         self._count = np.array([feedback[n].feedback_count if n in feedback else 0 for n in self._names], np.float64)
         self._mean = np.array([feedback[n].feedback_mean if n in feedback else 0.0 for n in self._names])
+        self._heard = np.flatnonzero(self._count > 0).tolist()
 
     def predict(self, profile: m.Profile) -> tuple[NDArray[Any], list[dict[str, float]]]:
         """Quality [k], and each card's terms, as `predict` gives them for one card."""
@@ -69,14 +70,13 @@ class Prior:
         similarity = np.array([alike.get(name, level) for name in self._names])
         fit = 1.0 + FIT_SPAN * np.tanh((similarity - level) / FIT_SCALE)
         quality = np.minimum(1.0, prior * fit)
-        heard = self._count > 0
-        quality = np.where(
-            heard, (quality * FEEDBACK_PRIOR + self._mean * self._count) / (FEEDBACK_PRIOR + self._count), quality
-        )
+        if len(self._heard):  # where none is, the formula leaves quality as it is
+            weight = FEEDBACK_PRIOR + self._count
+            quality = np.where(self._count > 0, (quality * FEEDBACK_PRIOR + self._mean * self._count) / weight, quality)
         terms = [
             {"domain_score": d, "affinity": a, "fit": f}
             for d, a, f in zip(prior.tolist(), similarity.tolist(), fit.tolist(), strict=True)
         ]
-        for row in np.flatnonzero(heard).tolist():
+        for row in self._heard:
             terms[row]["feedback"] = float(self._mean[row])
         return quality, terms

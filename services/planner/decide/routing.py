@@ -210,6 +210,8 @@ def _explored(
     standing: list[m.Candidate], w_q: float, chance: Chance, budget: float
 ) -> tuple[list[m.Candidate], float]:
     """The candidates with the one that is drawn in front, and the probability that it had."""
+    if not any(c.terms.get("std") for c in standing):  # nothing is known to be uncertain
+        return standing, 1.0
     utility = np.array([c.utility for c in standing])
     spread = np.array([w_q * c.terms.get("std", 0.0) * c.terms.get("scale", 1.0) for c in standing])
     share = learning.shares(utility, spread, chance.normal[:, : len(standing)], budget)

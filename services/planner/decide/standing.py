@@ -50,6 +50,10 @@ class Standing:
             tuple(specs), self.workers, self._costs(workers, qos), at_once, fits,
             shared=(False,) * len(workers), crowding=len(workers) > 0,
         )  # fmt: skip
+        self._held_key: tuple[Any, ...] = ()
+        self._held: tuple[Array, Array, Array, Array]
+        self._kept: tuple[m.WorkerState, ...] = ()
+        """Kept alive, so that no new state can take over the identity of one in the key."""
 
     def _costs(self, workers: Sequence[m.WorkerState], qos: m.Qos) -> Costs:
         learned = {(a.artifact, a.device_class): a for a in qos.artifacts}
@@ -83,7 +87,25 @@ class Standing:
             tokens_in, tokens_out: of the query; those before it in a queue are taken to be alike.
             charges: (burden, delay_s, sharing) of loading an artifact, for those that have any.
         """
-        fleet, shape = self.fleet, (len(self.specs), len(workers))
+        fleet, key = self.fleet, (*map(id, workers), *waiting.items())
+        if key != self._held_key:
+            self._held = self._holdings(workers, waiting)
+            self._held_key, self._kept = key, tuple(workers)
+        ready, coming, active, queued = self._held
+        fleet.service_tokens[:] = (tokens_in, tokens_out)
+        fleet.set_all(ready=ready, coming=coming, active=active, waiting=queued)
+        for w, worker in enumerate(workers):
+            if worker.draining:
+                fleet.burden[:, w] = np.inf
+        for artifact, (burden, delay_s, sharing) in charges.items():
+            if artifact in self.row:
+                fleet.charge(self.row[artifact], burden, delay_s, max(sharing, 1.0))
+
+    def _holdings(
+        self, workers: Sequence[m.WorkerState], waiting: Mapping[str, int]
+    ) -> tuple[Array, Array, Array, Array]:
+        """What is ready, loading, active and queued, each [artifacts, workers]."""
+        shape = (len(self.specs), len(workers))
         ready, coming, active = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape)
         held, state, at_work = [], [], []
         for w, worker in enumerate(workers):
@@ -106,14 +128,7 @@ class Standing:
             holders = there.sum(axis=1, keepdims=True)
             share = np.where(there, count // np.maximum(holders, 1), np.where(holders, 0.0, count))
             queued[mine] = np.maximum(share - active[mine], 0.0)
-        fleet.service_tokens[:] = (tokens_in, tokens_out)
-        fleet.set_all(ready=ready, coming=coming, active=active, waiting=queued)
-        for w, worker in enumerate(workers):
-            if worker.draining:
-                fleet.burden[:, w] = np.inf
-        for artifact, (burden, delay_s, sharing) in charges.items():
-            if artifact in self.row:
-                fleet.charge(self.row[artifact], burden, delay_s, max(sharing, 1.0))
+        return ready, coming, active, queued
 
 
 class Standings:
