@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Finished, Request
-from services.workers.engine.energy import choose_meter
+from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine.session import open_session
 from services.workers.engine.text import Text
@@ -92,7 +92,7 @@ class Subject:
 
     def _answer(self, prompt: str, lookup: bool) -> tuple[Finished, float]:
         runner = SharedKvRunner(self.session, 1, 1024, self.device)
-        meter = choose_meter(self.device, 10.0, 8.0)
+        meter = AttributedMeter("model", 8.0)
         batcher = Batcher(runner, self.text, slots=1, context=1024, meter=meter, clock=time.perf_counter)
         sampling = Sampling(max_tokens=self._arguments.tokens)
         batcher.add(Request("a", [ChatMessage(role="user", content=prompt)], sampling, prompt_lookup=lookup))

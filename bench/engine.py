@@ -25,7 +25,7 @@ from bench import peers as peers_module
 from bench.bandwidth import read_bytes_per_s
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Delta, Finished, Request
-from services.workers.engine.energy import choose_meter
+from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine.session import open_session
 from services.workers.engine.text import Text
@@ -59,7 +59,9 @@ class Subject:
         return SharedKvRunner(self.session, rows, context, self.device)
 
     def batcher(self, runner: SharedKvRunner, rows: int, context: int) -> Batcher:
-        meter = choose_meter(self.device, self.settings.power_idle_w, self.settings.power_core_w)
+        meter = AttributedMeter(
+            "model", self.settings.power_core_w
+        )  # an engine's own: reading processor times takes long
         return Batcher(runner, self.text, slots=rows, context=context, meter=meter, clock=time.perf_counter)
 
 
@@ -182,8 +184,10 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     store = arguments.store or Settings.from_env().models_path
     models = peers_module.default_models(arguments.peers, store, arguments.model) if python.exists() else {}
     ours = [sys.executable, "-m", "bench.engine", "--serve", "--model", arguments.model, "--store", str(store)]
-    ours += ["--variant", arguments.variant, "--threads", str(threads)]
-    opens = [partial(peers_module.Asked, against.OURS, ours)]
+    ours += ["--threads", str(threads), "--variant"]
+    also = [variant for variant in arguments.also if variant != arguments.variant]
+    opens = [partial(peers_module.Asked, against.OURS, [*ours, arguments.variant])]
+    opens += [partial(peers_module.Asked, f"{against.OURS} {variant}", [*ours, variant]) for variant in also]
     opens += [partial(peers_module.Asked.peer, python, peer, model, threads) for peer, model in models.items()]
     if not models:
         return {}
@@ -262,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--variant", default="int8")
+    parser.add_argument("--also", nargs="*", default=[], metavar="VARIANT", help="further variants, against peers")
     parser.add_argument("--store", type=Path, help="model store; the user's own when left out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=64)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -102,16 +102,19 @@ class Asked:
         RuntimeError: it ended, or did not answer in time; with the last line of what it said.
     """
 
-    def __init__(self, name: str, command: list[str]) -> None:
+    def __init__(self, name: str, command: list[str], unset: Sequence[str] = ()) -> None:
+        """`unset`: environment variables that it is not to inherit."""
         self.name = name
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed with the process
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, bufsize=1
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, bufsize=1,
+            env={name: value for name, value in os.environ.items() if name not in unset},
+        )  # fmt: skip
 
     @classmethod
     def peer(cls, python: Path, peer: str, model: str, threads: int) -> Asked:
-        return cls(peer, [str(python), str(Path(__file__).resolve()), "--serve", json.dumps([peer, model, threads])])
+        command = [str(python), str(Path(__file__).resolve()), "--serve", json.dumps([peer, model, threads])]
+        return cls(peer, command, unset=[name for name in os.environ if name.startswith("ORT_GQA_")])  # ours alone
 
     @property
     def pid(self) -> int:

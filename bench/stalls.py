@@ -23,7 +23,7 @@ import numpy as np
 
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Request
-from services.workers.engine.energy import choose_meter
+from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.loader import Opened, open_model, start
 from shared.messages import ArtifactSpec, Device, Sampling
 from shared.models.manifest import artifact_name
@@ -48,8 +48,7 @@ class Case:
     settings: Settings
 
     def batcher(self) -> Batcher:
-        device = self.opened.device
-        meter = choose_meter(device, self.settings.power_idle_w, self.settings.power_core_w)
+        meter = AttributedMeter("model", self.settings.power_core_w)
         return start(self.opened, meter, clock=time.perf_counter)
 
 

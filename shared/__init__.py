@@ -8,5 +8,8 @@ setting the variable to 0.
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# On CPUs, attention as matrix products: since 1.30 or so in tiles by default, which is up to a fifth slower at decoding
+# (docs/decisions/0025-attention-on-cpus.md).
+os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 # CUDA numbers GPUs by their speed unless told otherwise; NVML and nvidia-smi by their place on the bus.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -23,6 +23,10 @@ Init = Callable[..., str]
 class Attention:
     """Emits a decoder's attention, layer by layer, through the graph's `node` and `init`.
 
+    Queries come scaled, out of weights that are (`qkv_factors`) or out of their norm: scores that need no factor let
+    ONNX Runtime multiply a single query with the keys as a vector, where it otherwise packs them for each head anew
+    (docs/decisions/0025). In half precision, which small weights might leave, the operator scales.
+
     q and k are rotated inside GroupQueryAttention, from tables, where that suffices. They are rotated by nodes of
     their own when they are normalised before it (on the CPU the operator refuses its inputs for that), when the
     tables would be large, or when the factors depend on the context. Nodes of their own cost 2 % of the decode rate
@@ -37,6 +41,10 @@ class Attention:
         self._half = half
         a = spec.architecture
         fits = all(rope.beyond is None and rope.inverse.size % 8 == 0 for rope in spec.ropes.values())
+        widths = np.array([a.heads, 2 * a.kv_heads]) * a.head_size
+        scaled = np.repeat(np.array([spec.attention_scale, 1.0], np.float32), widths)
+        self.qkv_factors = None if half or spec.family.qk_norm else scaled
+        """What the outputs of a layer's projection to q, k and v are to be multiplied by; None for ones."""
         self._inside = not spec.family.qk_norm and fits and a.head_size % 16 == 0 and spec.tables_bytes <= _TABLES_BYTES
 
     def prepare(self) -> None:
@@ -70,19 +78,20 @@ class Attention:
             [*inputs, *past, "seqlens_k", "total_sequence_length", *(cos_sin if self._inside else [])],
             [f"{p}.attended", *present], _MS,
             num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=int(self._inside),
-            scale=spec.attention_scale, **extra,
+            scale=spec.attention_scale if self._half else 1.0, **extra,
         )  # fmt: skip
 
     def _rotated(self, index: int, qkv: str, cos_sin: list[str]) -> list[str]:
         """q, k and v of a layer, q and k normalised where the family does so, and rotated."""
-        a, p = self._spec.architecture, f"layer{index}"
+        spec, a, p = self._spec, self._spec.architecture, f"layer{index}"
         widths = np.array([a.heads, a.kv_heads, a.kv_heads], np.int64) * a.head_size
         self._node("Split", [qkv, self._init(f"{p}.widths", widths)], [f"{p}.{side}" for side in "qkv"], axis=-1)
         rotated = []
         for side, heads in (("q", a.heads), ("k", a.kv_heads)):
             x = f"{p}.{side}"
             if self._spec.family.qk_norm:
-                x = self._normed(x, f"blk.{index}.attn_{side}_norm.weight", heads)
+                scale = spec.attention_scale if side == "q" and not self._half else 1.0
+                x = self._normed(x, f"blk.{index}.attn_{side}_norm.weight", heads, scale)
             part = 2 * next(iter(self._spec.ropes.values())).inverse.size
             partial = {"rotary_embedding_dim": part} if part != a.head_size else {}
             turned = self._node(
@@ -92,15 +101,16 @@ class Attention:
             rotated.append(turned)
         return [*rotated, f"{p}.v"]
 
-    def _normed(self, x: str, gain: str, heads: int) -> str:
-        """x with each head normalised."""
+    def _normed(self, x: str, gain: str, heads: int, scale: float) -> str:
+        """x with each head normalised, times `scale`."""
         a = self._spec.architecture
         apart = self._node(
             "Reshape", [x, self._init(f"{x}.apart", np.array([0, 0, heads, a.head_size], np.int64))], [f"{x}.heads"]
         )
+        gains = self._init(f"{x}.gain", self._weights.need(gain).ravel() * np.float32(scale))
         normed = self._node(
-            "SimplifiedLayerNormalization", [apart, self._init(f"{x}.gain", self._weights.need(gain).ravel())],
-            [f"{x}.norm"], epsilon=self._spec.epsilon, axis=-1, stash_type=1,
+            "SimplifiedLayerNormalization", [apart, gains], [f"{x}.norm"],
+            epsilon=self._spec.epsilon, axis=-1, stash_type=1,
         )  # fmt: skip
         flat = np.array([0, 0, heads * a.head_size], np.int64)
         return self._node("Reshape", [normed, self._init(f"{x}.together", flat)], [f"{x}.normed"])

@@ -30,8 +30,11 @@ Precision = Literal["fp32", "fp16", "int8", "int4", "int8-fp16", "int4-fp16"]
 """Of the weights, and after the dash of everything between them when that is not float32. GroupQueryAttention runs on
 CUDA with half precision alone (onnxruntime's docs/OperatorKernels.md), so those with fp16 are the ones for GPUs."""
 
-CONVERTER = 3
+CONVERTER = 4
 """Goes up whenever the same file is to give another graph or other weights, so that stored variants are made anew."""
+
+QUERY_SCALE = "query_scale"
+"""Key of the graph's metadata: what the weights that give q have been multiplied with."""
 
 LOGITS_FROM = "logits_from"
 """The optional input; a constant where nothing is fed."""
@@ -98,21 +101,25 @@ class DecoderBuilder:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=f"{name}.node", domain=domain, **attributes))
         return name
 
-    def _linear_of(self, x: str, parts: list[Rows], name: str) -> str:
-        """A linear layer out of the file, with its bias when it has one."""
-        out = self._linear(x, self._weights.matrix(parts), name)
+    def _linear_of(self, x: str, parts: list[Rows], name: str, by: Floats | None = None) -> str:
+        """A linear layer out of the file, with its bias when it has one; its outputs are multiplied `by` [n]."""
+        out = self._linear(x, self._weights.matrix(parts), name, by)
         bias = self._weights.bias(parts)
-        return out if bias is None else self._node("Add", [out, self._init(f"{name}.b", bias)], [f"{name}.biased"])
+        if bias is None:
+            return out
+        return self._node("Add", [out, self._init(f"{name}.b", bias if by is None else bias * by)], [f"{name}.biased"])
 
-    def _linear(self, x: str, weights: Floats, name: str) -> str:
-        """x [.., k] times weights [n, k] transposed, in this graph's precision."""
+    def _linear(self, x: str, weights: Floats, name: str, by: Floats | None) -> str:
+        """x [.., k] times weights [n, k] transposed, in this graph's precision. Factors go into the scales of what is
+        quantised, which therefore rounds as it does without them."""
         rows, columns = weights.shape
         out = f"{name}.out"
+        factors = np.ones((1, 1), np.float32) if by is None else by[:, None]
         if self._weights_as.startswith("fp"):
-            return self._node("MatMul", [x, self._init(f"{name}.w", weights.T)], [out])
+            return self._node("MatMul", [x, self._init(f"{name}.w", (weights * factors).T)], [out])
         if self._weights_as == "int8":
             values, scales = quantize.int8(weights)
-            inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)]
+            inputs = [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales * factors)]
             return self._matmul8(inputs, out, rows, columns)
         kind, small = name.rpartition(".")[2], rows * columns < _SMALL
         if kind == "attn_output" and small:
@@ -120,14 +127,14 @@ class DecoderBuilder:
         elif kind == "qkv" and small and self._layer_number % _IN_FOUR_BITS != _IN_FOUR_BITS - 1:
             values, scales = quantize.int8(weights)
             return self._matmul8(
-                [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales)], out, rows, columns
+                [x, self._init(f"{name}.q", values), self._init(f"{name}.s", scales * factors)], out, rows, columns
             )
         else:
             four = quantize.int4(weights, means=kind != "attn_output")
         inputs = [
             self._with_means(x, columns) if four.widened else x,
             self._init(f"{name}.q", four.values),
-            self._init(f"{name}.s", four.scales),
+            self._init(f"{name}.s", four.scales * factors),
         ]
         if four.zeros is not None:
             inputs.append(self._init(f"{name}.z", four.zeros))
@@ -215,7 +222,8 @@ class DecoderBuilder:
         """One block: `x` is the normalised input, `residual` the running sum; returns the next pair."""
         p, blk, weights = f"layer{index}", f"blk.{index}", self._weights
         self._layer_number = index
-        attended = self._attention.layer(index, self._linear_of(x, weights.qkv(index), f"{p}.qkv"))
+        qkv = self._linear_of(x, weights.qkv(index), f"{p}.qkv", self._attention.qkv_factors)
+        attended = self._attention.layer(index, qkv)
         out = self._linear_of(attended, [Rows(f"{blk}.attn_output")], f"{p}.attn_output")
         if self._spec.family.post_norms:
             out = self._norm(out, f"{blk}.post_attention_norm", f"{p}.attn_post")
@@ -283,4 +291,6 @@ class DecoderBuilder:
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid(_MS, 1)]
         model = helper.make_model(graph, opset_imports=opsets)
         model.ir_version = 9
+        if self._attention.qkv_factors is not None:  # what an adapter adds to q is to be scaled as well
+            model.metadata_props.add(key=QUERY_SCALE, value=repr(self._spec.attention_scale))
         return model

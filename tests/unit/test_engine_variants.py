@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.workers.engine.loader import open_model, variant_for
+from services.workers.engine.loader import open_model, piece, variant_for
 from shared.errors import UnsupportedModel
 from shared.messages import Device
 from shared.models.manifest import Architecture, Manifest, Variant
@@ -59,3 +59,19 @@ def test_on_cuda_attention_on_the_cpu_is_refused(manifest: Manifest, asked: str,
     spec = manifest.artifact(manifest.variants[0], slots=1, context=64, overhead_bytes=0)
     with pytest.raises(UnsupportedModel, match="no CUDA kernel"):
         open_model(Path("nowhere"), manifest, spec, GPU)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "layers", "device", "tokens"),
+    [(9, 3, 30, CPU, 256), (14, 2, 24, CPU, 109), (32, 1, 2, CPU, 64), (14, 2, 24, GPU, 512)],
+    ids=["smollm2-135m", "qwen2-0.5b", "hardly-any-keys", "gpu"],
+)
+def test_scores_of_a_piece_take_less_than_its_row(
+    heads: int, kv_heads: int, layers: int, device: Device, tokens: int
+) -> None:
+    """On a CPU a prompt is read in pieces whose attention scores take a quarter of the row's keys and values at most,
+    but for pieces that would be too small to be quick."""
+    shape = Architecture(
+        family="llama", layers=layers, hidden=8, heads=heads, kv_heads=kv_heads, head_size=64, vocab=9, context=64
+    )
+    assert piece(shape, device) == tokens

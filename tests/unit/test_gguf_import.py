@@ -20,6 +20,8 @@ from tests import tiny
 from tests.decoder import Decoder
 
 Floats = NDArray[np.float32]
+SIXTEEN: dict[str, Any] = {"heads": 2, "kv_heads": 1, "hidden": 32, "feed_forward": 32}
+"""A model with heads of 16: scores are scaled by a quarter."""
 IDS = [1, 40, 7, 122, 280, 33, 91, 12, 250, 5]
 
 
@@ -136,6 +138,38 @@ def test_quantised_variants_stay_near_fp32(tmp_path: Path, variant: str, cosine:
     assert full @ small / np.linalg.norm(full) / np.linalg.norm(small) > cosine
     sizes = {v.name: v.weights_bytes for v in manifest.variants}
     assert sizes[variant] < 0.5 * sizes["fp32"]
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_scaling_queries_in_their_weights_rounds_nothing_anew(tmp_path: Path, variant: str) -> None:
+    """Scores are multiplied by nothing on CPUs, and the quantised values of q are those of unscaled weights: where the
+    scale is a power of two, a graph that scales scores instead gives the very same logits."""
+    manifest = convert(tiny.write_tiny_gguf(tmp_path / "tiny.gguf", **SIXTEEN), tmp_path / "out", variant)
+    file = tmp_path / "out" / variant / "model.onnx"
+    proto = onnx.load(str(file))
+    for node in proto.graph.node:
+        for attribute in node.attribute if node.op_type == "GroupQueryAttention" else ():
+            if attribute.name == "scale":
+                assert attribute.f == 1.0
+                attribute.f = 0.25
+    for tensor in proto.graph.initializer:
+        if tensor.name.endswith(".qkv.s"):
+            scales = onnx.numpy_helper.to_array(tensor).copy()
+            scales[: 2 * 16] *= 4.0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(scales, tensor.name))
+    onnx.save(proto, str(tmp_path / "other.onnx"))
+    expected = Decoder(tmp_path / "other.onnx", manifest).step([IDS], [0])
+    assert (Decoder(file, manifest).step([IDS], [0]) == expected).all()
+
+
+def test_in_half_precision_the_operator_scales(tmp_path: Path) -> None:
+    """Small weights are not made smaller where float16 has few digits left for them."""
+    convert(tiny.write_tiny_gguf(tmp_path / "tiny.gguf", **SIXTEEN), tmp_path / "out", "int8-fp16")
+    proto = onnx.load(str(tmp_path / "out/int8-fp16/model.onnx"), load_external_data=False)
+    scales = {
+        a.f for n in proto.graph.node if n.op_type == "GroupQueryAttention" for a in n.attribute if a.name == "scale"
+    }
+    assert scales == {0.25}
 
 
 def test_tied_head_is_stored_once(tmp_path: Path) -> None:

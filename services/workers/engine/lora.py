@@ -59,12 +59,21 @@ class Stack:
         self._mask_of = {site: f"lora.mask{list(self._layouts).index(o.tobytes())}" for site, o in self._owners.items()}
         self._masks: dict[int, dict[str, Floats]] = {}
         self._dtype: type[np.generic] = np.float32
+        self._query_scale = 1.0
 
     def cast(self, dtype: type[np.generic]) -> None:
         """Keep tensors and masks in the type that the graph computes in."""
         self._dtype = dtype
         self.sites = {site: (a.astype(dtype), b.astype(dtype)) for site, (a, b) in self.sites.items()}
         self._masks.clear()
+
+    def scale_queries(self, width: int, scale: float) -> None:
+        """Multiply what is added to queries, the first `width` of what `qkv` gives, as the base's weights have been;
+        the same again changes nothing."""
+        for site, (_, b) in self.sites.items():
+            if site.endswith(".qkv"):
+                b[:, :width] *= scale / self._query_scale
+        self._query_scale = scale
 
     @property
     def weights_bytes(self) -> int:
@@ -132,9 +141,16 @@ def adapted(model: Path, stack: Stack) -> bytes:
     import onnx  # noqa: PLC0415 20 MB of memory, for engines with adapters alone
     from onnx import TensorProto, helper  # noqa: PLC0415
 
+    from shared.models.onnx_graph import QUERY_SCALE  # noqa: PLC0415 it imports onnx
+
     proto = onnx.load(str(model), load_external_data=False)
     cached = next((i for i in proto.graph.input if i.name.startswith("past")), None)
     half = cached is not None and cached.type.tensor_type.elem_type == TensorProto.FLOAT16
+    scale = next((float(p.value) for p in proto.metadata_props if p.key == QUERY_SCALE), 1.0)
+    attending = next((n for n in proto.graph.node if n.op_type == "GroupQueryAttention"), None)
+    if cached is not None and attending is not None:
+        heads = next(a.i for a in attending.attribute if a.name == "num_heads")
+        stack.scale_queries(heads * cached.type.tensor_type.shape.dim[3].dim_value, scale)
     stack.cast(np.float16 if half else np.float32)
     nodes: list[Any] = []
     left = set(stack.sites)
