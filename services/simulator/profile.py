@@ -64,6 +64,10 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     turns: bool = False
     """The device is a host's cores: engines take turns at it step by step, and who loads computes there too. Without it
     engines divide the device evenly, and a load takes nothing of it."""
+    turn_cost: float = 1.0
+    """Where engines take turns: what they take together, relative to the sum of their own steps."""
+    load_beside: float = 0.0
+    """There too: a load takes this much longer, as a share of its time alone, for each engine at work."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Profile:
     shared: bool
     overhead_s: float
     turns: bool
+    turn_cost: float
+    load_beside: float
     _file: _File = field(repr=False)
 
     def costs(
@@ -170,7 +176,9 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise DataInvalid("There is no such profile.", f"Name a file, or one of: {known}.", path=str(path)) from None
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise DataInvalid(f"This is no profile: {error}.", "See profiles/h100.toml.", path=str(path)) from None
-    return Profile(file.name, file.description, file.shared, file.overhead_s, file.turns, file)
+    return Profile(
+        file.name, file.description, file.shared, file.overhead_s, file.turns, file.turn_cost, file.load_beside, file
+    )
 
 
 def _read_b(parameters_b: float, active_b: float, batch: float) -> float:
