@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -151,6 +151,16 @@ class Profile:
             load_j=load * file.load_w * gpus,
             token_j=token,
         )
+
+    def paced(self, factor: float) -> Profile:
+        """The same device while all it computes takes `factor` times as long. For measured profiles."""
+        artifacts = {
+            name: msgspec.structs.replace(
+                a, prefill_s=a.prefill_s * factor, tpot_s=a.tpot_s * factor, load_s=a.load_s * factor
+            )
+            for name, a in self._file.artifacts.items()
+        }
+        return replace(self, _file=msgspec.structs.replace(self._file, artifacts=artifacts))
 
     def token_j_at_anchor(self, active_b: float) -> float:
         """Joules of an output token at `anchor_sequences`: in proportion to (active) parameters, from the measured
