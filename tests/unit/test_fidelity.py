@@ -32,11 +32,12 @@ SPEC = spec("small-int8", weights=GB // 3)
 DEVICE = worker().device
 
 
-def _host(**more: float) -> SimFleet:
+def _host(*, turn_cost: float = 1.0, load_beside: float = 0.0) -> SimFleet:
     """One host's cores, two models, memory for both."""
     return SimFleet(
         "host", tuple(SimModel(name=f"m{i}", parameters_b=1.0, memory=100, slots=4) for i in range(2)), ("w",), (200,),
-        (100, 100), ((UNIT,), (UNIT,)), np.ones((2, 1), bool), shared=True, overhead_s=0.0, turns=True, **more,
+        (100, 100), ((UNIT,), (UNIT,)), np.ones((2, 1), bool), shared=True, overhead_s=0.0, turns=True, turn_cost=turn_cost,
+        load_beside=load_beside,
     )  # fmt: skip
 
 
@@ -121,12 +122,12 @@ def test_a_replay_learns_from_what_it_sees_and_knows_what_was_before() -> None:
     qos = m.Qos(artifacts=known)
     query = msgspec.structs.replace(analyzed(domains={"d": 1.0}, tokens_out=50.0))
     route = routing.decide(query, State(cards=cards, policy=policy, workers=fleet, qos=qos), 0.0)
-    answered = [Answered(100.0 + 3.0 * i, route, 20, 50) for i in range(30)]
+    answered = [Answered(100.0 + 6.0 * i, route, 20, 50) for i in range(30)]
     profile = load_profile("cpu")
     built = recorded.build(
         answered, cards, fleet, qos, policy, 0.0, profile, before=[(90.0 + 0.1 * i, route) for i in range(25)]
     )
-    slow = tuple((replace(row[0], tpot_s=tpot_s),) for row, tpot_s in zip(built.fleet.unit, (0.2, 0.02), strict=True))
+    slow = tuple((replace(row[0], tpot_s=tpot_s),) for row, tpot_s in zip(built.fleet.unit, (0.06, 0.02), strict=True))
     built = replace(built, fleet=replace(built.fleet, unit=slow))
     learned, frozen = recorded.simulate(built).model, recorded.simulate(replace(built, beliefs=None)).model
     assert built.before[0][0] == pytest.approx(-10.0)
