@@ -26,7 +26,7 @@ def play(
 ) -> tuple[Standing, list[tuple[int, str]]]:
     """Judgements of answers that are right with `factor` times the predicted probability."""
     draw = random.Random(seed)
-    now, events = before or Standing(), []
+    now, events = before or Standing(), list[tuple[int, str]]()
     for i in range(count):
         predicted = min(max(draw.gauss(mean, 0.12), 0.05), 0.95)
         now, event = standing.judged(now, predicted, float(draw.random() < factor * predicted))
