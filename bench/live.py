@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,10 @@ HIT_S = 0.05
 """An answer that waited less than this for its model found it resident."""
 BURST = 6
 """Queries at once, to see what a batch costs."""
+PAIRS = 4
+"""Times that two engines are asked at once."""
+BESIDE = 2
+"""Loads while another engine writes."""
 MOST_BESIDE = 4.0
 
 
@@ -120,6 +124,17 @@ class System:
     fleet: FleetView
     nc: Client
 
+    @property
+    def residence_s(self) -> float:
+        """After this long a model that has been loaded may leave again."""
+        assert self.models.policy is not None
+        return self.models.policy.min_residence_s + 0.3
+
+    def absent(self, artifacts: Iterable[str]) -> list[str]:
+        """Of these, what no worker holds or loads."""
+        held = {e.artifact for w in self.fleet.workers() for e in w.engines}
+        return [name for name in artifacts if name not in held]
+
     async def qos(self) -> m.Qos:
         """What it has learned so far."""
         return msgspec.json.decode((await self.nc.request("calm.knowledge.qos", b"{}", timeout=5)).data, type=m.Qos)
@@ -154,19 +169,43 @@ class Measured:
     """Mean latency of `BURST` queries at once."""
 
 
-async def measure(asking: System, prompts: Sequence[str], alone: int) -> tuple[dict[str, Measured], float]:
-    """Unit costs of each artifact on this machine, and seconds of overhead a query: each is loaded twice, asked `alone`
-    questions one at a time, then `BURST` at once. No prompt is asked twice: its beginning would lie in the cache."""
+@dataclass(frozen=True)
+class Shared:
+    """What the cores of a device take when several are at work there: `profile.turn_cost`, `profile.load_beside`."""
+
+    turn_cost: float = 1.0
+    load_beside: float = 0.0
+
+
+async def measure(
+    asking: System, prompts: Sequence[str], alone: int, loads: int
+) -> tuple[dict[str, Measured], Shared, float]:
+    """Unit costs of each artifact on this machine, what sharing its cores costs, and seconds of overhead a query.
+
+    Each artifact is asked `alone` questions one at a time and `BURST` at once, twice. Then whatever is not resident is
+    asked for, what was loaded least first, until each has been loaded `loads` times: in memory that does not hold
+    all, most loads make room as they do in use. At last two engines that are resident together are asked at once, and
+    one is loaded while the other writes. No prompt is asked twice: its beginning would lie in the cache.
+    """
     asker, live = asking.asker, asking.asker.live
     cards = {card.artifact.name: card for card in asking.models.cards.values()}
     fresh = iter(prompts)
     single: dict[str, list[str]] = {name: [] for name in cards}
     bursts: dict[str, list[list[str]]] = {name: [] for name in cards}
-    for _ in range(2):
+    cold: dict[str, list[str]] = {name: [] for name in cards}
+    for again in range(2):
         for name, card in sorted(cards.items()):
-            await asker.alone(next(fresh), card.name)
+            first = await asker.alone(next(fresh), card.name)
+            if again and _loaded(live, first):  # the first load of all reads from a cold disk
+                cold[name].append(first)
             single[name] += [await asker.alone(next(fresh), card.name) for _ in range(alone)]
             bursts[name].append(await asker.together([next(fresh) for _ in range(BURST)], card.name))
+    while absent := [n for n in asking.absent(cards) if len(cold[n]) < loads]:
+        await asyncio.sleep(asking.residence_s)
+        name = min(absent, key=lambda n: (len(cold[n]), n))
+        cold[name].append(await asker.alone(next(fresh), cards[name].name))
+    pairs = await _asked_together(asking, fresh, cards)
+    beside_writing = await _loaded_beside(asking, fresh, cards)
     await asyncio.sleep(2.0)
     qos = {a.artifact: a for a in (await asking.qos()).artifacts}
     device = asking.fleet.workers()[0].device
@@ -174,8 +213,64 @@ async def measure(asking: System, prompts: Sequence[str], alone: int) -> tuple[d
     found = {}
     for name, card in cards.items():
         learned = cost.unit_costs(card.artifact, device, qos.get(name))
-        found[name] = _measured(live, card.artifact, learned, single[name], bursts[name], overhead_s)
-    return found, overhead_s
+        found[name] = _measured(live, card.artifact, learned, single[name], bursts[name], cold[name], overhead_s)
+    return found, Shared(_turn_cost(live, found, pairs), _load_beside(live, cold, beside_writing)), overhead_s
+
+
+async def _asked_together(asking: System, fresh: Iterator[str], cards: Mapping[str, m.Card]) -> list[list[str]]:
+    """Answers of two engines that were asked at once; none where no two artifacts are resident."""
+    asker = asking.asker
+    held = sorted(set(cards) - set(asking.absent(cards)), key=lambda name: cards[name].artifact.footprint_bytes)
+    pairs = []
+    for _ in range(PAIRS if len(held) > 1 else 0):
+        ids = [await asker.ask(next(fresh), cards[name].name) for name in held[:2]]
+        await asyncio.gather(*(asker.ended(i) for i in ids))
+        pairs.append(ids)
+    return pairs
+
+
+async def _loaded_beside(asking: System, fresh: Iterator[str], cards: Mapping[str, m.Card]) -> list[str]:
+    """Answers that waited for a load while another engine wrote all along; none where no two fit together."""
+    asker, found = asking.asker, list[str]()
+    size = {name: card.artifact.footprint_bytes for name, card in cards.items()}
+    budget = max(w.budget_bytes for w in asking.fleet.workers())
+    for _ in range(3 * BESIDE):
+        await asyncio.sleep(asking.residence_s)
+        absent = asking.absent(cards)
+        both = [(a, h) for a in absent for h in cards if h not in absent and size[a] + size[h] <= budget]
+        if both and len(found) < BESIDE:
+            coming, writing = min(both, key=lambda one: (size[one[0]] + size[one[1]], one))
+            found.append(await asker.ask(next(fresh), cards[coming].name))
+            waited = asyncio.create_task(asker.ended(found[-1]))
+            while not waited.done():
+                await asker.alone(next(fresh), cards[writing].name)
+            await waited
+        elif absent:
+            await asker.alone(next(fresh), cards[max(absent, key=lambda name: size[name])].name)
+    return found
+
+
+def _turn_cost(live: Live, found: Mapping[str, Measured], pairs: Sequence[Sequence[str]]) -> float:
+    grown = []
+    for ids in pairs:
+        steps = sum(found[live.answer[i]["artifact"]].unit.tpot_s for i in ids)
+        # The one that began to write last was not held up by the other's prompt.
+        last = max(ids, key=lambda i: live.at[i] + _began(live.answer[i]))
+        grown.append(_token_s(live.answer[last]) / steps)
+    return max(statistics.median(grown), 1.0) if grown else 1.0
+
+
+def _load_beside(live: Live, cold: Mapping[str, Sequence[str]], beside_writing: Sequence[str]) -> float:
+    def load_s(query_id: str) -> float:
+        return float(live.answer[query_id]["timings"]["load_s"])
+
+    usual = {name: statistics.median(map(load_s, ids)) for name, ids in cold.items() if ids}
+    grown = [load_s(i) / usual[a] for i in beside_writing if (a := live.answer[i]["artifact"]) in usual]
+    return max(statistics.median(grown) - 1.0, 0.0) if grown else 0.0
+
+
+def _loaded(live: Live, query_id: str) -> bool:
+    return bool(live.answer[query_id]["timings"]["load_s"] > HIT_S)
 
 
 def beside(live: Live, query_id: str) -> float:
@@ -195,17 +290,22 @@ def _measured(
     learned: cost.UnitCosts,
     single: list[str],
     bursts: list[list[str]],
+    cold: list[str],
     overhead_s: float,
 ) -> Measured:
     answers = [a for i in single if (a := live.answer[i])["usage"]["tokens_out"] > 1]
-    loads = [o.seconds for o in live.operations if o.kind == "load" and o.ok and o.artifact == spec.name]
-    load_s = min(loads, default=learned.load_s)  # the first reads from a cold disk
+    token_s = statistics.median(map(_token_s, answers))
+    # The first token comes out of reading: its step is counted with the others.
+    prefill_s = statistics.median((a["timings"]["prefill_s"] - token_s) / read_tokens(a) for a in answers)
     alone = UnitCosts(
-        prefill_s=statistics.median(a["timings"]["prefill_s"] / read_tokens(a) for a in answers),
-        tpot_s=statistics.median(map(_token_s, answers)), slope=0.0, load_s=load_s,
-        prefill_j=learned.prefill_j, decode_j=learned.decode_j, load_j=learned.load_j * load_s / learned.load_s,
-        token_j=(0.0, learned.decode_j),
+        prefill_s=max(prefill_s, 1e-6), tpot_s=token_s, slope=0.0, load_s=learned.load_s,
+        prefill_j=learned.prefill_j, decode_j=learned.decode_j, load_j=learned.load_j, token_j=(0.0, learned.decode_j),
     )  # fmt: skip
+    # All that a load adds to an answer: orders and evictions before it, pages not touched yet after it.
+    waits = [live.latency[i] - _alone_s(live.answer[i], alone) - overhead_s for i in cold]
+    if waits:
+        load_s = max(statistics.median(waits), 1e-3)
+        alone = replace(alone, load_s=load_s, load_j=learned.load_j * load_s / learned.load_s)
     # Whoever began to write last wrote while nobody's prompt was read: that is what a batch costs.
     last = [max((live.answer[i] for i in burst), key=_began) for burst in bursts]
     batch = statistics.mean(_beside_last(live, burst) for burst in bursts)
@@ -218,6 +318,10 @@ def _measured(
         took = statistics.mean(_simulated_burst(live, burst, spec, tried, overhead_s) for burst in bursts)
         low, high = (middle, high) if took < burst_s else (low, middle)
     return Measured(replace(alone, slope=slope, beside=(low + high) / 2.0), burst_s)
+
+
+def _alone_s(answer: dict[str, Any], unit: UnitCosts) -> float:
+    return float(read_tokens(answer) * unit.prefill_s + answer["usage"]["tokens_out"] * unit.tpot_s)
 
 
 def _token_s(answer: dict[str, Any]) -> float:

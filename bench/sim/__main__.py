@@ -25,6 +25,7 @@ from bench.sim import report
 from bench.sim.data import Outcomes, load_outcomes, load_trace
 from bench.sim.embed import embed
 from bench.sim.learned import learn as learn_from
+from bench.sim.learned import patience
 from bench.sim.setting import Setting, run
 from services.simulator import fleet as fleets
 from shared.errors import CalmError, DataInvalid
@@ -58,7 +59,9 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--w-latency", type=float, help="weight of latency in the utility; each policy's own by default"
     )
-    parser.add_argument("--ablate", default="", metavar="NAME,...", help="switch off: retry, compare, vote, crowding")
+    parser.add_argument(
+        "--ablate", default="", metavar="NAME,...", help="switch off: retry, compare, vote, patience, crowding"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG")
     return parser.parse_args(argv)
@@ -83,7 +86,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         raise DataInvalid("The fleet has no small model.", "Set `small = true` for some of the fleet file's models.")
     embeddings_learn, embeddings_judge = embed(learn.prompts), embed(judge.prompts)
     rate = arguments.rate or arguments.load * capacity_per_s(built, judge, reference)
-    return Setting(
+    setting = Setting(
         learn=learn, judge=judge, embeddings_learn=embeddings_learn, embeddings_judge=embeddings_judge,
         learned=learn_from(learn, judge, embeddings_learn, embeddings_judge),
         embed=embed, file=file, profile=profile,
@@ -93,6 +96,21 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         latency_budget=arguments.latency_budget, trace=load_trace(arguments.trace) if arguments.trace else None,
         trace_tokens=arguments.trace_tokens, off=frozenset(filter(None, arguments.ablate.split(","))),
     )  # fmt: skip
+    cascades = learn.answer is not None and judge.answer is not None and not setting.off & {"cascade", "retry"}
+    if arguments.trace_tokens or not cascades or "patience" in setting.off:
+        return setting
+    return replace(setting, patient=patient(setting))
+
+
+def patient(setting: Setting) -> Setting:
+    """The same setting where answers that ramble are cut off, learned anew."""
+    token_j = setting.token_j(setting.judge.models)
+    limits = patience(
+        setting.learned, setting.columns(setting.small), token_j, setting.judge.models.index(setting.reference)
+    )
+    learn, judge = setting.learn.cut_off(limits), setting.judge.cut_off(limits)
+    found = learn_from(learn, judge, setting.embeddings_learn, setting.embeddings_judge)
+    return replace(setting, learn=learn, judge=judge, learned=found, limits=limits)
 
 
 def capacity_per_s(fleet: fleets.SimFleet, outcomes: Outcomes, model: str) -> float:
@@ -116,7 +134,8 @@ def simulate(setting: Setting, names: list[str], seeds: int) -> dict[str, dict[s
         for seed in range(seeds):
             print(f"\r{name}: seed {seed + 1} of {seeds}   ", end="", file=sys.stderr, flush=True)
             outcome, work = run(setting, plan, seed)
-            found = report.figures(outcome, np.nanmax(work.score, axis=1), setting.slo_s)
+            best = np.nanmax(setting.judge.score[work.row][:, setting.columns(plan.models)], axis=1)
+            found = report.figures(outcome, best, setting.slo_s)
             if name == alone:
                 base.append(found)
             found["energy_ratio"] = found["energy_j_mean"] / base[seed]["energy_j_mean"]

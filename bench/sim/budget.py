@@ -6,7 +6,8 @@ take. The rung for the next query is the one that is expected to spend what is l
 queries. (Live, the dual controller moves one price and plans anew; here plans for all queries are made beforehand.)
 
 What the reference would have taken is never known but where it was asked. `Allowance` predicts it from the query, and
-again from what has been heard: where the reference has answered, it is what it wrote; elsewhere a regression says how
+again from what has been heard: where the reference has answered, it is what it wrote, and where it was cut off what it
+writes in the mean when it goes on; elsewhere a regression says how
 much shorter or longer than predicted, by how the models that were asked kept to their predictions and by the very fact
 that the reference was not needed. That is unbiased on the queries learned from, under the plan that is carried out.
 What stays uncertain has a standard error, and the account aims at its lower end (`SIGMAS`).
@@ -32,9 +33,10 @@ LAST = 20
 """and no fewer than this at the end, when the last queries cannot pay back everything."""
 RUNGS = (0.1, 0.25, 0.4, 0.55, *np.linspace(0.7, 1.3, 13).tolist())
 """Of the budget."""
-SIGMAS = 1.5
+SIGMAS = 2.0
 """Standard errors of what the reference alone would take that are left unspent. They are not small: 1 % of
-llama-3.1-70b's answers ramble and hold 15 % of its tokens, so its mean over 3,000 queries is uncertain by 3 to 4 %."""
+llama-3.1-70b's answers ramble and hold 15 % of its tokens, so its mean over 3,000 queries is uncertain by 3 to 4 %.
+With 1.5 one half in eight took 0.476 of 0.47."""
 SPARE = 0.03
 """And no less than this share of the budget: at the end of 1,200 queries the account was up to 4 % in debt, for one
 rambling answer of a large model takes as much as a score of others."""
@@ -60,6 +62,10 @@ class Allowance:
     """[2 k] and more for every token by which an asked model did, and for each model having been asked."""
     error: float
     """Relative standard error of the mean over the run."""
+    limit: float = float("inf")
+    """Tokens after which the reference is cut off,"""
+    beyond: float = 0.0
+    """and those that it would have written then."""
 
     def before(self, i: int) -> float:
         """Joules, before anything is heard."""
@@ -68,7 +74,8 @@ class Allowance:
     def after(self, i: int, asked: Sequence[int], written: Array) -> float:
         """Joules, given what these models wrote [k] (others' entries are not looked at)."""
         if self.reference in asked:
-            return self.token_j * float(written[self.reference])
+            wrote = float(written[self.reference])
+            return self.token_j * (wrote if wrote < self.limit else self.beyond)
         k = len(self.slopes) // 2
         more = self.level + sum(
             float(self.slopes[m]) * float(written[m] - self.predicted[i, m]) + float(self.slopes[k + m]) for m in asked
@@ -78,7 +85,7 @@ class Allowance:
     @classmethod
     def fit(
         cls, alone_own: Array, alone_real: Array, own: Array, real: Array, asked: Array, reference: int,
-        *, token_j: float, alone: Array, predicted: Array, count: int,
+        *, token_j: float, alone: Array, predicted: Array, count: int, limit: float = float("inf"),
     ) -> Allowance:  # fmt: skip
         """Learn from recorded lengths and from who would have been asked.
 
@@ -89,7 +96,9 @@ class Allowance:
             reference: its column among them, or -1.
             token_j, alone, predicted: see the class; of the n queries to come.
             count: how many are to be served.
+            limit: tokens after which the reference is cut off; in `real` it then has these.
         """
+        limit = float(np.float32(limit))  # as lengths are recorded
         heard = asked & ~np.isnan(real)
         off = alone_real - alone_own
         unasked = ~np.isnan(off) & (~heard[:, reference] if reference >= 0 else np.ones(len(off), bool))
@@ -102,9 +111,14 @@ class Allowance:
             slopes = np.linalg.solve(z.T @ z + PENALTY * np.eye(z.shape[1]), z.T @ (y - y.mean())) / scale
             level = float(y.mean() - centre @ slopes)
             left = y - level - x @ slopes
+        long = alone_real[alone_real >= limit]
+        beyond = float(long.mean()) if len(long) else 0.0
+        if reference >= 0:
+            cut = heard[:, reference] & (alone_real >= limit)
+            left = np.append(left, alone_real[cut] - beyond)
         spread = np.sqrt((left**2).sum() / max(len(off), 1)) / float(np.nanmean(alone_real))
         error = float(spread * np.sqrt(1.0 / max(count, 1) + 1.0 / max(len(off), 1)))
-        return cls(token_j, predicted, reference, alone, level, slopes, error)
+        return cls(token_j, predicted, reference, alone, level, slopes, error, limit, beyond)
 
 
 class Budgeted:

@@ -93,6 +93,19 @@ class Outcomes:
             tokens_out=self.tokens_out[:, columns],
         )
 
+    def cut_off(self, limits: NDArray[Any]) -> Outcomes:
+        """The same queries where no model may write more than `limits` [k] tokens: a longer answer ends there, cannot
+        be read and is worth nothing, though the answer may have been in what was written by then."""
+        cut = self.tokens_out > limits
+        whole = np.ones(cut.shape, bool) if self.answered is None else self.answered
+        return replace(
+            self,
+            score=np.where(cut, np.float32(0.0), self.score),
+            answer=None if self.answer is None else np.where(cut, "", self.answer),
+            answered=whole & ~cut,
+            tokens_out=np.minimum(self.tokens_out, limits).astype(np.float32),
+        )
+
 
 @dataclass(frozen=True)
 class Trace:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,17 @@ def all_knowing(s: Stream, change: Change, seed: int) -> Array:
     return np.where(lost, 0.0, score)
 
 
+def returned(events: Sequence[dict[str, Any]], change: Change) -> tuple[bool, int | None]:
+    """Whether the model was back before it had recovered, as luck would have it, and stayed; and how many queries after
+    its recovery it was trusted again: 0 then, None for never."""
+    own = [e for e in events if e["model"] == change.model]
+    before = [e["event"] for e in own if e["query"] < change.until]
+    if before and before[-1] == "restored":
+        return True, 0
+    after = next((e for e in own if e["event"] == "restored" and e["query"] >= change.until), None)
+    return False, after["query"] - change.until if after else None
+
+
 def drift_run(setting: Setting, arguments: argparse.Namespace, model: int, seed: int) -> dict[str, Any]:
     """One run with a change and a recovery."""
     s = stream(setting, arguments.queries, seed)
@@ -154,7 +166,7 @@ def drift_run(setting: Setting, arguments: argparse.Namespace, model: int, seed:
     alarm = next(
         (e for e in ours["events"] if e["event"] == "drift" and e["model"] == model and e["query"] >= change.at), None
     )
-    back = next((e for e in ours["events"] if e["event"] == "restored" and e["query"] >= change.until), None)
+    early, after_queries = returned(ours["events"], change)
     false = [
         e for e in ours["events"]
         if e["event"] == "drift" and (e["model"] != model or not change.at <= e["query"] < change.until)
@@ -172,8 +184,9 @@ def drift_run(setting: Setting, arguments: argparse.Namespace, model: int, seed:
         "noticed_after_judgements": alarm["judgements"] - before if alarm else None,
         "share_before": share(0, change.at),
         "share_after_notice": share(after, change.until),
-        "share_at_end": share(back["query"], arguments.queries) if back else share(change.until, arguments.queries),
-        "restored_after_queries": back["query"] - change.until if back else None,
+        "share_at_end": share(change.until + (after_queries or 0), arguments.queries),
+        "restored_after_queries": after_queries,
+        "back_before_recovery": early,
         "false_alarms": len(false),
         "loss": float(known[inside].sum() - ours["earned"][inside].sum()),
         "loss_undetected": float(known[inside].sum() - blind["earned"][inside].sum()),
@@ -238,6 +251,7 @@ def show(result: dict[str, Any]) -> None:
             f"{r['noticed_after_judgements']} judged, {r['noticed_after_queries']} q" if r["noticed_query"] else "NEVER"
         )
         restored = "NEVER" if r["restored_after_queries"] is None else f"{r['restored_after_queries']} q"
+        restored = "before" if r["back_before_recovery"] else restored
         print(
             f"  {r['seed']:4}{noticed:>24}{r['share_before']:14.2f}{r['share_after_notice']:8.2f}"
             f"{r['share_at_end']:8.2f}{restored:>16}{r['loss']:8.1f}{r['loss_undetected']:12.1f}{r['false_alarms']:7}{r['probes']:8}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,23 @@ class Bench:
     token_s: Array
     small: list[int]
     reference: int
+    patient: Bench | None = None
+    """The same with answers cut off that ramble, in which our cascades run; None where answers cannot be read."""
 
     def cost(self, tokens: Array, columns: Sequence[int]) -> Array:
         """[n, len(columns)] energy of these predicted tokens, relative to the reference's mean."""
         return tokens[:, list(columns)] * self.token_j[list(columns)] / self._mean(self.learn, self.token_j)
 
-    def point(self, outcomes: Outcomes, asked: Array, final: Array, columns: Sequence[int]) -> Point:
-        """`asked` [n, c] and `final` [n] index into `columns`."""
+    def point(
+        self, outcomes: Outcomes, asked: Array, final: Array, columns: Sequence[int], whole: Outcomes | None = None
+    ) -> Point:
+        """`asked` [n, c] and `final` [n] index into `columns`; `whole` where `outcomes` have been cut off."""
+        whole = whole or outcomes
         c = list(columns)
         tokens = np.nan_to_num(outcomes.tokens_out[:, c])
         rows = np.arange(len(outcomes))
-        energy = (asked * tokens * self.token_j[c]).sum(1).mean() / self._mean(outcomes, self.token_j)
-        latency = (asked * tokens * self.token_s[c]).sum(1).mean() / self._mean(outcomes, self.token_s)
+        energy = (asked * tokens * self.token_j[c]).sum(1).mean() / self._mean(whole, self.token_j)
+        latency = (asked * tokens * self.token_s[c]).sum(1).mean() / self._mean(whole, self.token_s)
         accuracy = float(np.nanmean(outcomes.score[:, c][rows, final]))
         return Point(accuracy, float(energy), float(latency), float(asked.sum(1).mean()))
 
@@ -93,27 +98,37 @@ def load(learn_dir: Path, judge_dir: Path, fleet: str, reference: str | None) ->
     units = [built.unit[i][int(np.argmax(built.fits[i]))] for i in range(len(judge.models))]
     small = [i for i, m in enumerate(judge.models) if known[m].small]
     x_learn, x_judge = embed(learn.prompts), embed(judge.prompts)
-    return Bench(
+    bench = Bench(
         learn, judge, x_learn, x_judge, learned.learn(learn, judge, x_learn, x_judge),
         np.array([u.decode_j for u in units]), np.array([u.step_s(SEQUENCES) for u in units]),
         small, judge.models.index(name),
     )  # fmt: skip
+    if learn.answer is None or judge.answer is None:
+        return bench
+    limits = learned.patience(bench.learned, small, bench.token_j, bench.reference)
+    learn, judge = learn.cut_off(limits), judge.cut_off(limits)
+    found = learned.learn(learn, judge, x_learn, x_judge)
+    return replace(bench, patient=replace(bench, learn=learn, judge=judge, learned=found))
 
 
 Policy = Callable[[float, bool], tuple[Array, Array]]
 """(price of the reference's energy in score, judge or learn side) -> asked [n, c], final [n]."""
 
 
-def at_budget(bench: Bench, policy: Policy, columns: Sequence[int], budget: float) -> Point:
-    """The policy at the price with which it spends `budget` on the queries learned from, judged."""
+def at_budget(
+    bench: Bench, policy: Policy, columns: Sequence[int], budget: float, played: Bench | None = None
+) -> Point:
+    """The policy at the price with which it spends `budget` on the queries learned from, judged. `played`: what it runs
+    in, where answers are cut off."""
+    own = played or bench
     low, high = 1e-3, 1e2
-    if bench.point(bench.learn, *policy(low, False), columns).energy <= budget * AIM:
+    if bench.point(own.learn, *policy(low, False), columns, bench.learn).energy <= budget * AIM:
         high = low
     for _ in range(24 if high > low else 0):
         price = float(np.sqrt(low * high))
-        spent = bench.point(bench.learn, *policy(price, False), columns).energy
+        spent = bench.point(own.learn, *policy(price, False), columns, bench.learn).energy
         low, high = (price, high) if spent > budget * AIM else (low, price)
-    return bench.point(bench.judge, *policy(high, True), columns)
+    return bench.point(own.judge, *policy(high, True), columns, bench.judge)
 
 
 def by_scores(bench: Bench, own: Array, judged: Array, columns: Sequence[int]) -> Policy:
@@ -128,12 +143,13 @@ def by_scores(bench: Bench, own: Array, judged: Array, columns: Sequence[int]) -
 
 
 def ours(bench: Bench, columns: Sequence[int], *, compare: bool, retry: bool, vote: bool = False) -> Policy:
-    """Ours; with neither, it routes once."""
+    """Ours; with neither, it routes once, and no answer is cut off."""
+    whole, bench = bench, played_in(bench, compare or retry)
     cascade = bench.learned.cascade(columns, compare=compare, vote=vote)
 
     def policy(price: float, judge: bool) -> tuple[Array, Array]:
         outcomes, side = (bench.judge, bench.learned.judge) if judge else (bench.learn, bench.learned.own)
-        cost = price * bench.cost(side.tokens_out, columns)
+        cost = price * whole.cost(side.tokens_out, columns)
         plan = learned.plan_for(cascade, side, columns, cost, compare=compare, retry=retry)
         c = list(columns)
         answered = np.ones((len(outcomes), len(c)), bool) if outcomes.answered is None else outcomes.answered[:, c]
@@ -141,6 +157,11 @@ def ours(bench: Bench, columns: Sequence[int], *, compare: bool, retry: bool, vo
         return played.asked, played.final
 
     return policy
+
+
+def played_in(bench: Bench, cascades: bool) -> Bench:
+    """Answers are cut off where another model may be asked afterwards."""
+    return bench.patient or bench if cascades else bench
 
 
 def folded(bench: Bench, make: Callable[[], routers.Router], columns: Sequence[int]) -> tuple[Array, Array]:
@@ -175,7 +196,8 @@ def curves(bench: Bench, budgets: Sequence[float] = BUDGETS) -> dict[str, list[P
     policies["calm, one answer"] = ours(bench, columns, compare=False, retry=False)
     policies["calm, retry"] = ours(bench, columns, compare=False, retry=True)
     policies["calm-escalate"] = ours(bench, columns, compare=True, retry=True)
-    return {name: [at_budget(bench, p, columns, b) for b in budgets] for name, p in policies.items()}
+    cascades = {name: played_in(bench, name in ("calm, retry", "calm-escalate")) for name in policies}
+    return {n: [at_budget(bench, p, columns, b, cascades[n]) for b in budgets] for n, p in policies.items()}
 
 
 def small_only(bench: Bench) -> dict[str, Point]:
@@ -196,7 +218,7 @@ def small_only(bench: Bench) -> dict[str, Point]:
         ("calm, retry", False, False), ("calm, retry and second opinion", True, False),
         ("calm, retry, second opinion and vote", True, True),
     ):  # fmt: skip
-        policy = ours(bench, columns, compare=compare, retry=True, vote=vote)
+        policy = ours(replace(bench, patient=None), columns, compare=compare, retry=True, vote=vote)
         result[name] = bench.point(bench.judge, *policy(RETRY_PRICE, True), columns)
     choice = np.nan_to_num(judge.score).argmax(1)
     result["oracle"] = bench.point(bench.judge, np.eye(len(columns), dtype=bool)[choice], choice, columns)

@@ -7,8 +7,11 @@ of its own choices; every decision is logged with its propensity. Two candidates
 another objective (energy weighs in), and another router altogether (the one that learned offline from all of
 `--learn`). The latter is estimated once more from a log in which it serves half of the queries itself, as when a
 candidate is tried on a part of the traffic. Their truth is what they would earn on the very queries logged. The
-predictions that doubly robust estimates use are made from the log alone, each by a fit that has not seen the query;
-those called `recorded` also from the outcomes of `--learn`, as where a candidate was learned from recorded outcomes.
+predictions that doubly robust estimates use are made from the log alone, each by a fit that has not seen the query.
+Those called `recorded` know the outcomes of `--learn` as well, as where a candidate was learned from recorded outcomes:
+`pooled` learns from both together, `recorded` is the mean of what the log says and what the model learned offline says
+(the latter alone is too hopeful of a candidate that was chosen by it), and `imputed` takes from the recorded outcomes
+how much a model's reward on a query says of the other models' rewards there.
 """
 
 from __future__ import annotations
@@ -90,10 +93,11 @@ def compare(learn: Outcomes, judge: Outcomes, joules: Array, queries: int, seeds
     """Estimates and truth over seeds; `joules` [k] are those of a mean answer."""
     x = learned.features(embed(learn.prompts), learn, learn)
     served = learned.features(embed(judge.prompts), judge, learn)
-    offline, _ = QualityModel.fit(learn.models, x, learn.score.astype(np.float64), learn.categories)
+    offline, own = QualityModel.fit(learn.models, x, learn.score.astype(np.float64), learn.categories)
     known, score = np.nan_to_num(learn.score).astype(float), np.nan_to_num(judge.score).astype(float)
     k = score.shape[1]
-    best = offline.predict(served).mean.argmax(1)
+    said = offline.predict(served).mean
+    best, kin = said.argmax(1), offpolicy.kinship(learn.score.astype(np.float64) - own)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CANDIDATES}
     for seed in range(seeds):
         print(f"\rseed {seed + 1} of {seeds}   ", end="", file=sys.stderr, flush=True)
@@ -108,15 +112,17 @@ def compare(learn: Outcomes, judge: Outcomes, joules: Array, queries: int, seeds
             logged = serve(serving, score[rows], rng)
             # The topics of what was learned offline: the categories are known, the rewards are the log's alone.
             guess = predicted(offline.topics, k, served[rows], logged)
-            informed = predicted(offline.topics, k, served[rows], logged, (x, learn.score.astype(np.float64)))
+            pooled = predicted(offline.topics, k, served[rows], logged, (x, learn.score.astype(np.float64)))
+            informed = (guess + said[rows]) / 2.0
             truth = float((candidate * score[rows]).sum(1).mean())
             found = {
                 "ips": offpolicy.ips(logged, candidate),
                 "snips": offpolicy.snips(logged, candidate),
                 "doubly robust": offpolicy.doubly_robust(logged, candidate, guess),
                 "shrunk": offpolicy.shrunk(logged, candidate, guess),
-                "doubly robust, recorded": offpolicy.doubly_robust(logged, candidate, informed),
+                "shrunk, pooled": offpolicy.shrunk(logged, candidate, pooled),
                 "shrunk, recorded": offpolicy.shrunk(logged, candidate, informed),
+                "imputed, recorded": offpolicy.imputed(logged, candidate, informed, kin),
             }
             verdict = offpolicy.judge(logged, candidate, serving, guess)
             runs[name].append({

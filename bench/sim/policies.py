@@ -98,15 +98,19 @@ def _ours(
 ) -> Plan:
     """`spent`: what prices lead to, if that has been worked out."""
     w_latency = usual if setting.w_latency is None else setting.w_latency
+    if ratio is None:  # where energy costs nothing, even a rambling answer is one more voice
+        setting = replace(setting, patient=None)
+    own = setting.own
     cascades = "cascade" not in setting.off and setting.judge.answer is not None
-    cascade = setting.learned.cascade(
+    cascade = own.learned.cascade(
         setting.columns(models), compare="compare" not in setting.off, vote=_votes(setting, models)
     )
     if ratio is None:
         rung = _Rung(setting, models, cascade if cascades else None, 0.0, w_latency)
         return Plan(
-            models, lambda work, _f, _s: rung.router(work), fixed, notes={"w_energy": 0.0, "w_latency": w_latency}
-        )
+            models, lambda work, _f, _s: rung.router(work), fixed, setting=own,
+            notes={"w_energy": 0.0, "w_latency": w_latency},
+        )  # fmt: skip
     spent = spent or spending(setting, models, w_latency)
     allowance = _allowance(setting, models, spent.asked[int(np.abs(spent.ratios - ratio).argmin())])
     weights = [spent.weight(ratio * share) for share in RUNGS]
@@ -116,7 +120,8 @@ def _ours(
         written = None if setting.trace_tokens else work.tokens_out
         return Budgeted([r.router(work) for r in rungs], RUNGS, allowance, ratio, len(work), written, work.row)
 
-    return Plan(models, router, fixed, notes={"w_energy": spent.weight(ratio), "w_latency": w_latency})
+    notes = {"w_energy": spent.weight(ratio), "w_latency": w_latency}
+    return Plan(models, router, fixed, setting=own, notes=notes)
 
 
 def _votes(setting: Setting, models: tuple[str, ...]) -> bool:
@@ -130,15 +135,15 @@ class _Rung:
     def __init__(
         self, setting: Setting, models: tuple[str, ...], cascade: Cascade | None, w_energy: float, w_latency: float
     ) -> None:
-        c, side = setting.columns(models), setting.predictions
+        c, side = setting.columns(models), setting.own.predictions
         self._weights = setting.policy(
             w_quality=1.0, w_latency=w_latency, w_energy=w_energy, energy_ref_j=_reference_j(setting)
         )
         self._tokens = np.maximum(side.tokens_out[:, c], 1.0)
         self._first: Array = side.quality[:, c]
         self._plan: CascadePlan | None = None
-        if cascade is not None and setting.judge.answer is not None:
-            self._answers = setting.judge.answer[:, c]
+        if cascade is not None and setting.own.judge.answer is not None:
+            self._answers = setting.own.judge.answer[:, c]
             own = _price(setting, models, self._tokens, w_energy, w_latency)
             self._plan = cascade.plan(
                 side.quality[:, c], side.answers[:, c], own,
@@ -186,13 +191,15 @@ def spending(setting: Setting, models: tuple[str, ...], w_latency: float) -> Spe
     """What the queries learned from, predicted by a model that has not seen them, would have cost at each of a range
     of prices."""
     columns, joules = setting.columns(models), setting.token_j(models)
-    own, learn = setting.learned.own, setting.learn
+    own, learn = setting.own.learned.own, setting.own.learn
     quality, answers = own.quality[:, columns], own.answers[:, columns]
     tokens = np.maximum(own.tokens_out[:, columns], 1.0)
     real = np.nan_to_num(learn.tokens_out[:, columns]) * joules
     cascade = None
     if "cascade" not in setting.off and learn.answered is not None and learn.answer is not None:
-        cascade = setting.learned.cascade(columns, compare="compare" not in setting.off, vote=_votes(setting, models))
+        cascade = setting.own.learned.cascade(
+            columns, compare="compare" not in setting.off, vote=_votes(setting, models)
+        )
     ratios, whom = [], []
     for weight in WEIGHTS:
         cost = _price(setting, models, tokens, weight, w_latency)
@@ -218,10 +225,12 @@ def _allowance(setting: Setting, models: tuple[str, ...], asked: Array) -> Allow
     result, work = run(on_own, alone, 0)
     token_j = float(result.energy_j.mean() / work.tokens_out.mean())
     c, r = setting.columns(models), setting.columns((setting.reference,))[0]
-    own, learn, judge = setting.learned.own.tokens_out, setting.learn.tokens_out, setting.predictions.tokens_out
+    ours = setting.own
     return Allowance.fit(
-        own[:, r], learn[:, r], own[:, c], learn[:, c], asked, c.index(r) if r in c else -1,
-        token_j=token_j, alone=judge[:, r], predicted=judge[:, c], count=setting.count,
+        setting.learned.own.tokens_out[:, r], setting.learn.tokens_out[:, r],
+        ours.learned.own.tokens_out[:, c], ours.learn.tokens_out[:, c], asked, c.index(r) if r in c else -1,
+        limit=np.inf if ours.limits is None else float(ours.limits[r]), token_j=token_j,
+        alone=setting.predictions.tokens_out[:, r], predicted=ours.predictions.tokens_out[:, c], count=setting.count,
     )  # fmt: skip
 
 
@@ -229,6 +238,7 @@ def _on_own(setting: Setting) -> Setting:
     """The queries learned from, as models that have not seen them predict them, in place of those to judge."""
     return replace(
         setting, judge=setting.learn, learned=replace(setting.learned, judge=setting.learned.own), shift_s=0.0,
+        patient=None if setting.patient is None else _on_own(setting.patient),
         count=min(len(setting.learn), TUNED_ON),
     )  # fmt: skip
 

@@ -54,6 +54,15 @@ class Setting:
     workers: int = 0
     off: frozenset[str] = frozenset()
     """Mechanisms switched off (`--ablate`)."""
+    patient: Setting | None = None
+    """The same with answers cut off that ramble (`learned.patience`), in which ours run; None: nothing is cut off."""
+    limits: Array | None = None
+    """[k] tokens after which answers have been cut off in this setting; None: nowhere."""
+
+    @property
+    def own(self) -> Setting:
+        """The setting in which ours run."""
+        return self.patient or self
 
     @property
     def predictions(self) -> Side:
@@ -100,13 +109,15 @@ class Plan:
     router: Callable[[Workload, SimFleet, int], Router]
     residency: Callable[[Workload, SimFleet, int], Residency]
     joint: bool = True
+    setting: Setting | None = None
+    """In which it runs, where that is not the one that all share."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 def run(setting: Setting, plan: Plan, seed: int) -> tuple[Result, Workload]:
     """One run."""
     built = setting.fleet(plan.models)
-    work = setting.work(plan.models, seed)
+    work = (plan.setting or setting).work(plan.models, seed)
     router = plan.router(work, built, seed)
     simulation = Simulation(
         built, work, router, plan.residency(work, built, seed), joint=plan.joint,

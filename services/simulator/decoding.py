@@ -22,8 +22,8 @@ class Engine:
     """A model in the memory of a worker."""
 
     __slots__ = (
-        "at", "base_j", "beside", "heap", "j", "model", "more_j", "n", "prefill", "prefill_j", "ready_at", "serial",
-        "since", "slope", "slots", "spent_j", "state", "step", "tpot", "used", "v", "wake", "worker",
+        "at", "base_j", "beside", "heap", "j", "left", "model", "more_j", "n", "prefill", "prefill_j", "ready_at",
+        "rows", "serial", "since", "slope", "slots", "spent_j", "state", "step", "tpot", "used", "v", "wake", "worker",
     )  # fmt: skip
 
     def __init__(self, model: int, worker: int, slots: int, unit: UnitCosts, now: float, serial: int) -> None:
@@ -34,7 +34,10 @@ class Engine:
         self.prefill_j = unit.prefill_j
         self.n = 0
         """Sequences running."""
-        self.v = self.j = 0.0
+        self.v = self.j = self.rows = 0.0
+        """`rows`: sequences that took part, summed over the steps."""
+        self.left = unit.load_s
+        """Seconds that loading takes yet with nothing else at work, as of `at`."""
         self.spent_j = 0.0
         """Of all its sequences together."""
         self.at = now
@@ -54,6 +57,7 @@ class Engine:
             if n:
                 dv = (now - self.at) / self.step
                 self.v += dv
+                self.rows += dv * n
                 spent = dv * (self.base_j / n + self.more_j)
                 self.j += spent
                 self.spent_j += spent * n

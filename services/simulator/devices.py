@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.simulator.decoding import READY, Agenda, Engine
+from services.simulator.decoding import LOADED, READY, Agenda, Engine
 from services.simulator.fleet import SimFleet
 
 
@@ -26,8 +26,9 @@ class Devices:
         """[device] engines at work."""
         self._share = [1.0] * len(self._busy)
         """[device] by how much its engines slow each other down."""
-        self.loading = [False] * workers
-        """[w] a load is under way."""
+        self.loading: list[Engine | None] = [None] * workers
+        """[w] what is being loaded."""
+        self._turn_cost, self._load_beside = fleet.turn_cost, fleet.load_beside
         self.changed: set[Engine] = set()
         """Engines whose state scoring has not been told since the last decision."""
 
@@ -56,6 +57,26 @@ class Devices:
                     self._pace(engine, now)
                 if engine.state == READY:
                     self.changed.add(engine)
+        if self.turns:
+            for mate in self._mates[worker]:
+                loaded = self.loading[mate]
+                if loaded is not None:
+                    self._pace_load(loaded, now)
+
+    def begin_load(self, engine: Engine, now: float) -> None:
+        """A load is under way from now on; it ends at `Engine.ready_at`."""
+        self.loading[engine.worker] = engine
+        engine.at, engine.step = now, 1.0
+        self._pace_load(engine, now)
+
+    def _pace_load(self, engine: Engine, now: float) -> None:
+        """What is left of a load takes as long as those at work on the device now let it."""
+        engine.left = max(engine.left - (now - engine.at) / engine.step, 0.0)
+        engine.at = now
+        busy = self._busy[self._device[engine.worker]] / self._places[engine.worker] if self.turns else 0.0
+        engine.step = 1.0 + self._load_beside * busy
+        engine.ready_at = now + engine.left * engine.step
+        self._agenda.push(engine.ready_at, LOADED, engine)
 
     def retime(self, worker: int, changed: Engine | None, now: float) -> None:
         """An engine's batch has changed, or a load has begun or ended, and with it how long the others of its device
@@ -76,9 +97,11 @@ class Devices:
         own = engine.own_step()
         others, loading = 0.0, 0
         for mate in self._mates[engine.worker]:
-            loading += self.loading[mate]
+            loading += self.loading[mate] is not None
             for other in self._engines[mate].values():
                 if other.n and other is not engine:
                     others += other.own_step()
         slower: float = (own + others) / own / self._places[engine.worker]
+        if others:
+            slower *= self._turn_cost
         return max(slower, 1.0) + loading

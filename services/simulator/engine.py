@@ -14,9 +14,10 @@ import numpy as np
 
 from services.planner.decide.residency import Swap
 from services.planner.decide.scoring import Fleet
+from services.simulator.beliefs import REFRESH_S, Beliefs
 from services.simulator.decoding import DRAINING, ENDED, LOADED, LOADING, READY, TICK, Agenda, Engine
 from services.simulator.devices import Devices
-from services.simulator.fleet import SimFleet
+from services.simulator.fleet import SimFleet, costs_of
 from services.simulator.memory import Memory
 from services.simulator.told import Told
 from services.simulator.workload import Residency, Result, Router, Workload
@@ -42,14 +43,19 @@ class Simulation:
         joint: bool = True,
         crowding: bool = True,
         clock: Callable[[], float] | None = None,
+        beliefs: Beliefs | None = None,
     ) -> None:
-        """`clock`: wall time, to sample the cost of decisions; none are timed without it."""
+        """`clock`: wall time, to sample the cost of decisions; none are timed without it. `beliefs`: learns what the
+        planner takes costs to be; they stay what they were at the start without it."""
         self.fleet, self.work, self.router, self.residency = fleet, work, router, residency
         self.models, self.workers = len(fleet.models), len(fleet.workers)
-        self.scoring = Fleet(
-            fleet.names, fleet.workers, fleet.costs(), [m.slots for m in fleet.models], fleet.fits,
-            shared=(fleet.shared and not fleet.believed,) * self.workers, joint=joint, crowding=crowding,
-        )  # fmt: skip
+        self._joint, self._crowding = joint, crowding
+        self._beliefs, self._believed = beliefs, (0, 0.0)
+        self._marks: dict[int, tuple[float, float, float, float]] = {}
+        """With beliefs: when a query took its slot, when its first token came, and the engine's counters then."""
+        self.planned_with = fleet.planned_with if beliefs is None else beliefs.units()
+        """[m][w] what the planner takes costs to be."""
+        self.scoring = self._scored()
         if len(work):
             self.scoring.service_tokens[:, 0] = np.mean(work.tokens_in)
             self.scoring.service_tokens[:, 1] = np.nan_to_num(np.nanmean(work.tokens_out, axis=0), nan=128.0)
@@ -83,6 +89,26 @@ class Simulation:
     def _swap_of(self, residency: Residency) -> Callable[[int, int], Swap | None] | None:
         known = getattr(residency, "swap", None)
         return None if known is None else lambda model, worker: known(self, model, worker)
+
+    def _scored(self) -> Fleet:
+        fleet = self.fleet
+        return Fleet(
+            fleet.names, fleet.workers, costs_of(self.planned_with), [m.slots for m in fleet.models], fleet.fits,
+            shared=(fleet.shared and not fleet.believed,) * self.workers, joint=self._joint, crowding=self._crowding,
+        )  # fmt: skip
+
+    def _believe(self, beliefs: Beliefs, now: float) -> None:
+        """Let the planner know what was learned, as often as it hears of it live."""
+        changes, at = self._believed
+        if beliefs.changes == changes or now - at < REFRESH_S:
+            return
+        self._believed = (beliefs.changes, now)
+        self.planned_with = beliefs.units()
+        tokens = self.scoring.service_tokens
+        self.scoring = self._told.scoring = self._scored()
+        self.scoring.service_tokens[:] = tokens
+        for worker in range(self.workers):
+            self.tell_worker(worker)
 
     # What residency policies do
 
@@ -150,8 +176,9 @@ class Simulation:
                         self.now = progress = at
                         self._step(what, at)
                 elif kind == LOADED:
-                    self.now = at
-                    self._ready(what, at)
+                    if what.ready_at == at and what.state == LOADING:
+                        self.now = at
+                        self._ready(what, at)
                 else:
                     if i == n and at - max(progress, born[-1]) > STALLED_S:
                         raise RuntimeError(self._stuck())
@@ -174,6 +201,8 @@ class Simulation:
         return f"{self._open} queries can never end; they wait for {', '.join(waiting)}"
 
     def _arrive(self, i: int, now: float) -> None:
+        if self._beliefs is not None:
+            self._believe(self._beliefs, now)
         self._told.changed()
         if self._clock is not None and i & 63 == 0:
             began = self._clock()
@@ -226,6 +255,8 @@ class Simulation:
         engine.step = engine.own_step() * slower
         if self._attempts[i] == 1:
             self._ttft[i] = engine.at + engine.step - self._born[i]
+        if self._beliefs is not None:
+            self._marks[i] = (now, engine.at + engine.step, engine.v, engine.rows)
         heapq.heappush(engine.heap, (engine.v + self._tout[i][engine.model], i, engine.j))
         self._agenda.wake(engine)
         devices.changed.add(engine)
@@ -244,6 +275,8 @@ class Simulation:
             _, i, j = heapq.heappop(heap)
             self._energy[i] += engine.j - j
             ended.append(i)
+            if self._beliefs is not None:
+                self._learn(self._beliefs, engine, i, now)
         engine.n -= len(ended)
         if engine.n == 0:
             devices.busier(engine.worker, -1, engine, now)
@@ -259,6 +292,13 @@ class Simulation:
             devices.retime(engine.worker, engine, now)
         for i in ended:
             self._end(i, model, now)
+
+    def _learn(self, beliefs: Beliefs, engine: Engine, i: int, now: float) -> None:
+        began, first, v, rows = self._marks.pop(i)
+        beliefs.answered(
+            engine.model, engine.worker, tokens_in=self._tin[i], tokens_out=self._tout[i][engine.model],
+            prefill_s=first - began, decode_s=max(now - first, 0.0), batch_mean=(engine.rows - rows) / (engine.v - v),
+        )  # fmt: skip
 
     def _admit(self, engine: Engine, now: float) -> bool:
         """Queued queries take free slots; whether any did."""
@@ -291,6 +331,8 @@ class Simulation:
         self.tell_worker(worker)
 
     def _ready(self, engine: Engine, now: float) -> None:
+        if self._beliefs is not None:
+            self._beliefs.loaded(engine.model, engine.worker, now - engine.since)
         self._memory.loaded(engine, now)
         self.waiting_since[engine.model] = -1.0
         self._admit(engine, now)

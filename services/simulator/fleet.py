@@ -83,6 +83,9 @@ class SimFleet:
     """[w] engines that its device runs at once at full speed; 1 when empty."""
     turns: bool = False
     """Engines take turns at a device step by step, and loads compute there too (`profile`)."""
+    turn_cost: float = 1.0
+    load_beside: float = 0.0
+    """See `profile`; both only where engines take turns."""
     believed: tuple[tuple[UnitCosts, ...], ...] = ()
     """[m][w] what the planner takes costs to be, where that is not what they are: means over loaded times, as it learns
     them. It then takes nothing else off for sharing a device: they contain that."""
@@ -99,10 +102,16 @@ class SimFleet:
     def costs(self) -> Costs:
         """As the planner takes them to be, as arrays."""
 
-        def table(field: str) -> np.ndarray:
-            return np.array([[getattr(u, field) for u in row] for row in self.planned_with], np.float64)
+        return costs_of(self.planned_with)
 
-        return Costs(*(table(f) for f in ("prefill_s", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")))
+
+def costs_of(units: Sequence[Sequence[UnitCosts]]) -> Costs:
+    """[m][w] as arrays."""
+
+    def table(field: str) -> np.ndarray:
+        return np.array([[getattr(u, field) for u in row] for row in units], np.float64)
+
+    return Costs(*(table(f) for f in ("prefill_s", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")))
 
 
 def load_fleet(name_or_path: str | Path) -> tuple[File, Profile]:
@@ -195,5 +204,5 @@ def build(
     )  # fmt: skip
     return SimFleet(
         file.fleet.name, chosen, tuple(names), tuple(budgets), footprint, unit, fits, profile.shared,
-        profile.overhead_s, turns=profile.turns,
+        profile.overhead_s, turns=profile.turns, turn_cost=profile.turn_cost, load_beside=profile.load_beside,
     )  # fmt: skip

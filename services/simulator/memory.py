@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.simulator.decoding import DRAINING, LOADED, READY, Agenda, Engine
+from services.simulator.decoding import DRAINING, READY, Agenda, Engine
 from services.simulator.devices import Devices
 from services.simulator.fleet import SimFleet
 
@@ -49,26 +49,23 @@ class Memory:
         """Begin the first load that waits, if its memory is free: one at a time, for loads on a worker share its
         drive."""
         pending = self.pending[worker]
-        if not pending or self._devices.loading[worker]:
+        if not pending or self._devices.loading[worker] is not None:
             return
         model = pending[0]
         if self._fleet.footprint_bytes[model] > self.free[worker] or model in self.engines[worker]:
             return
         pending.pop(0)
-        self._devices.loading[worker] = True
+        engine = self._engine(model, worker, now)
+        self._devices.begin_load(engine, now)
         if self._devices.turns:
             self._devices.retime(worker, None, now)
-        engine = self._engine(model, worker, now)
-        unit = self._fleet.unit[model][worker]
-        engine.ready_at = now + unit.load_s
         self.loads += 1
-        self.load_j += unit.load_j
-        self._agenda.push(engine.ready_at, LOADED, engine)
+        self.load_j += self._fleet.unit[model][worker].load_j
 
     def loaded(self, engine: Engine, now: float) -> None:
         """A load has ended."""
         engine.state, engine.since, engine.used, engine.at = READY, now, now, now
-        self._devices.loading[engine.worker] = False
+        self._devices.loading[engine.worker] = None
         if self._devices.turns:
             self._devices.retime(engine.worker, None, now)
         self.coming[engine.model] -= 1

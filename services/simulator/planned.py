@@ -78,6 +78,7 @@ class Planned:
         choices: Array | None = None,
         second_cost: float = 0.0,
         options: Options | None = None,
+        before: Sequence[tuple[float, int, Array | None, float]] = (),
     ) -> None:
         """
         Args:
@@ -88,8 +89,11 @@ class Planned:
             choices: [n] models that a blind router will choose, for the clairvoyant only.
             second_cost: utility that a second of waiting costs, 0 for a blind router.
             options: see there.
+            before: (time, model, [m] row for the outlook, seconds of work) of queries routed before the first; no row
+                of one that had no choice.
         """
         self.options = options or Options()
+        self._before = before
         self.tick_s = self.options.tick_s
         self._utilities = utilities
         self._load_cost = load_cost
@@ -110,8 +114,7 @@ class Planned:
             )
             for name, size, model in zip(fleet.names, fleet.footprint_bytes, fleet.models, strict=True)
         }  # fmt: skip
-        first = [int(np.argmax(row)) for row in fleet.fits]
-        self._load_s = {name: fleet.planned_with[i][first[i]].load_s for i, name in enumerate(fleet.names)}
+        self._first = [int(np.argmax(row)) for row in fleet.fits]
         self._index = {name: i for i, name in enumerate(fleet.names)}
         self._outlook = Outlook(fleet.names)
         self._policy = m.Policy(
@@ -120,12 +123,23 @@ class Planned:
         )  # fmt: skip
         self._device = m.Device(kind="cuda", name="simulated")
         warm_start(sim, range(sim.models) if self._order is None else self._order)
+        for at, model, row, work_s in self._before:
+            if row is not None:
+                self._outlook.seen(at, row)
+            name = fleet.names[model]
+            self._demand[name] = residency.arrived(self._demand.get(name, Demand()), at, work_s=work_s)
+
+    def _load_s(self, sim: Simulation) -> dict[str, float]:
+        return {
+            name: sim.planned_with[i][first].load_s
+            for i, (name, first) in enumerate(zip(sim.fleet.names, self._first, strict=True))
+        }
 
     def routed(self, sim: Simulation, i: int, model: int, now: float) -> None:
         self._outlook.seen(now, self._utilities(i, model))
         name = sim.fleet.names[model]
         tokens_in, tokens_out = sim.scoring.service_tokens[model]
-        unit = sim.fleet.planned_with[model][int(np.argmax(sim.fleet.fits[model]))]
+        unit = sim.planned_with[model][self._first[model]]
         work_s = residency.work_of(
             prefill_s=unit.prefill_s * tokens_in, tokens_out=tokens_out, tpot_s=unit.tpot_s, slope=unit.slope,
             slots=sim.fleet.models[model].slots,
@@ -194,14 +208,14 @@ class Planned:
             since = sim.waiting_since[i]
             waiting = len(sim.queue[i]) + sum(e.n for e in sim.holders[i])
             demand[name] = replace(old, waiting=waiting, waiting_since=since if since >= 0 else None)
-        forecast = self._forecast(sim, now)
+        forecast, load_s = self._forecast(sim, now), self._load_s(sim)
         plan = residency.plan(
             workers=workers, specs=self._specs, pinned=frozenset(), popularity={}, demand=demand,
-            load_s=self._load_s, pending=pending, held_back=frozenset(), policy=policy, now=now, forecast=forecast,
+            load_s=load_s, pending=pending, held_back=frozenset(), policy=policy, now=now, forecast=forecast,
         )  # fmt: skip
         if forecast is not None and self.options.burden and sim.scoring.joint:
             self._charges = residency.charges(
-                workers=workers, specs=self._specs, pinned=frozenset(), demand=demand, load_s=self._load_s,
+                workers=workers, specs=self._specs, pinned=frozenset(), demand=demand, load_s=load_s,
                 policy=policy, now=now, forecast=forecast,
             )  # fmt: skip
         number = {name: w for w, name in enumerate(fleet.workers)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -64,6 +64,10 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     turns: bool = False
     """The device is a host's cores: engines take turns at it step by step, and who loads computes there too. Without it
     engines divide the device evenly, and a load takes nothing of it."""
+    turn_cost: float = 1.0
+    """Where engines take turns: what they take together, relative to the sum of their own steps."""
+    load_beside: float = 0.0
+    """There too: a load takes this much longer, as a share of its time alone, for each engine at work."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Profile:
     shared: bool
     overhead_s: float
     turns: bool
+    turn_cost: float
+    load_beside: float
     _file: _File = field(repr=False)
 
     def costs(
@@ -146,6 +152,16 @@ class Profile:
             token_j=token,
         )
 
+    def paced(self, factor: float) -> Profile:
+        """The same device while all it computes takes `factor` times as long. For measured profiles."""
+        artifacts = {
+            name: msgspec.structs.replace(
+                a, prefill_s=a.prefill_s * factor, tpot_s=a.tpot_s * factor, load_s=a.load_s * factor
+            )
+            for name, a in self._file.artifacts.items()
+        }
+        return replace(self, _file=msgspec.structs.replace(self._file, artifacts=artifacts))
+
     def token_j_at_anchor(self, active_b: float) -> float:
         """Joules of an output token at `anchor_sequences`: in proportion to (active) parameters, from the measured
         size that is nearest on a logarithmic scale."""
@@ -170,7 +186,9 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise DataInvalid("There is no such profile.", f"Name a file, or one of: {known}.", path=str(path)) from None
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise DataInvalid(f"This is no profile: {error}.", "See profiles/h100.toml.", path=str(path)) from None
-    return Profile(file.name, file.description, file.shared, file.overhead_s, file.turns, file)
+    return Profile(
+        file.name, file.description, file.shared, file.overhead_s, file.turns, file.turn_cost, file.load_beside, file
+    )
 
 
 def _read_b(parameters_b: float, active_b: float, batch: float) -> float:

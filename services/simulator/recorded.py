@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from services.planner.decide.outlook import warm_row
+from services.planner.decide.residency import work_of
 from services.planner.decide.routing import weights_of
-from services.planner.decide.scoring import slope_of_penalty
+from services.planner.decide.scoring import LN2, Fleet, Weights, slope_of_penalty
 from services.simulator import telemetry
+from services.simulator.beliefs import Beliefs
 from services.simulator.engine import Residency, Result, Simulation, Workload
 from services.simulator.fleet import SimFleet, SimModel
-from services.simulator.planned import Options, Planned, warm_utilities
+from services.simulator.planned import Options, Planned
 from services.simulator.profile import Profile, UnitCosts
 from services.simulator.residency import ON_DEMAND
 from services.simulator.routers import Scored
@@ -42,6 +46,8 @@ class Answered:
     """Weights that the query asked for itself."""
     run: Run | None = None
     """What it took; without any, costs are as routing believes them to be."""
+    counted: bool = True
+    """The planner knew of the prompt's tokens what its route says; else it knows `tokens_in`."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,17 @@ class Recorded:
     """[n, artifacts], minus infinity where no card of the artifact stood."""
     tokens_out: Array
     """[n, artifacts] predicted."""
+    tokens_in: Array
+    """[n] of the prompt, as the planner counted them; `work` has what was read."""
     policy: m.Policy
     resident: tuple[tuple[int, ...], ...]
     """[workers] artifacts resident at the start."""
     preferences: tuple[m.Preference, ...] = ()
     """[n]; none has any when empty."""
+    beliefs: Callable[[], Beliefs] | None = None
+    """Learns costs as the live planner does; they stay as they were without it."""
+    before: tuple[tuple[float, m.Route], ...] = ()
+    """(time, route) of queries routed before the first one: residency has seen them."""
 
     def weights(self) -> list[Own] | m.Policy:
         """Of each query; one for all when no query has a preference."""
@@ -88,10 +100,14 @@ def build(
     policy: m.Policy,
     overhead_s: float,
     profile: Profile | None = None,
+    before: Sequence[tuple[float, m.Route]] = (),
 ) -> Recorded:
     """Put recorded queries together. What a model would have written that was not asked is taken to be as long as what
     was written. Costs are the profile's, or without one what the queries took, less what others put on them
     (`telemetry`); the planner takes them to be what it has learned, as it did.
+
+    With a profile `qos` is what was known when the first query came, and the planner learns from there on; without one
+    it is what is known now, and stands. `before`: routes of earlier queries, in the clock of `answered`.
 
     Raises:
         DataInvalid: there is nothing to replay, or the profile lacks an artifact.
@@ -114,10 +130,12 @@ def build(
         np.less_equal.outer(np.array(sizes), np.array(budgets)), shared=True, overhead_s=overhead_s,
         device=device, places=places,
         turns=any(w.device.kind == "cpu" for w in workers) if profile is None else profile.turns,
+        turn_cost=1.0 if profile is None else profile.turn_cost,
+        load_beside=0.0 if profile is None else profile.load_beside,
         believed=_units(ordered_specs, workers, qos, [], None),
     )  # fmt: skip
     column = {name: i for i, name in enumerate(names)}
-    ordered, quality, tokens = _predicted(sorted(answered, key=lambda a: a.at), column)
+    ordered, quality, tokens, counted = _predicted(sorted(answered, key=lambda a: a.at), column)
     if not ordered:
         raise DataInvalid(
             "No recorded query can be replayed: the fleet has none of the models they could have gone to.",
@@ -132,7 +150,16 @@ def build(
     resident = tuple(
         tuple(column[e.artifact] for e in w.engines if e.state == "ready" and e.artifact in column) for w in workers
     )
-    return Recorded(fleet, work, quality, tokens, policy, resident, tuple(a.preference for a in ordered))
+    beliefs = None
+    if profile is not None:
+        usual = float(work.tokens_in.mean()), float(work.tokens_out.mean())
+        devices = [w.device for w in workers]
+        beliefs = partial(Beliefs, ordered_specs, devices, qos, tokens_in=usual[0], tokens_out=usual[1])
+    start = ordered[0].at
+    return Recorded(
+        fleet, work, quality, tokens, counted, policy, resident, tuple(a.preference for a in ordered), beliefs,
+        tuple((at - start, route) for at, route in before),
+    )  # fmt: skip
 
 
 def reconsidered(answered: Sequence[Answered], cards: Mapping[str, m.Card]) -> list[Answered]:
@@ -165,7 +192,7 @@ def retimed(answered: Sequence[Answered], rows: Sequence[tuple[float, int, int]]
     """A trace's arrivals (seconds, tokens in, tokens out), with recorded queries in turn for what is predicted."""
     ordered = sorted(answered, key=lambda a: a.at)
     return [
-        replace(ordered[i % len(ordered)], at=at, tokens_in=tokens_in, tokens_out=max(tokens_out, 1))
+        replace(ordered[i % len(ordered)], at=at, tokens_in=tokens_in, tokens_out=max(tokens_out, 1), counted=False)
         for i, (at, tokens_in, tokens_out) in enumerate(rows)
     ]
 
@@ -198,8 +225,10 @@ def _units(
     )
 
 
-def _predicted(ordered: Sequence[Answered], column: Mapping[str, int]) -> tuple[list[Answered], Array, Array]:
-    """Queries that could go to some artifact, and for each the quality and tokens predicted of its best card there."""
+def _predicted(ordered: Sequence[Answered], column: Mapping[str, int]) -> tuple[list[Answered], Array, Array, Array]:
+    """Queries that could go to some artifact, for each the quality and tokens out predicted of its best card there, and
+    its tokens in."""
+    counted = np.array([float(one.tokens_in) for one in ordered])
     quality = np.full((len(ordered), len(column)), -np.inf)
     tokens = np.full((len(ordered), len(column)), 1.0)
     for i, one in enumerate(ordered):
@@ -207,8 +236,11 @@ def _predicted(ordered: Sequence[Answered], column: Mapping[str, int]) -> tuple[
             if c.artifact in column and c.excluded is None and c.quality > quality[i, column[c.artifact]]:
                 quality[i, column[c.artifact]] = c.quality
                 tokens[i, column[c.artifact]] = c.terms.get("tokens_out", 1.0)
+                if one.counted:
+                    counted[i] = c.terms.get("tokens_in", counted[i])
     kept = np.isfinite(quality).any(axis=1)
-    return [one for one, k in zip(ordered, kept.tolist(), strict=True) if k], quality[kept], tokens[kept]
+    found = [one for one, k in zip(ordered, kept.tolist(), strict=True) if k]
+    return found, quality[kept], tokens[kept], counted[kept]
 
 
 def simulate(recorded: Recorded, residency: str = "planned") -> Result:
@@ -220,16 +252,17 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
         DataInvalid: there is no such residency policy.
     """
     r, policy = recorded, recorded.policy
+    found = r.weights()
+    own = found if isinstance(found, list) else None
     if residency == "planned":
-        usable = np.where(np.isfinite(r.quality), r.quality, UNUSABLE)
-        warm = warm_utilities(r.fleet, usable, r.work.tokens_in, r.tokens_out, r.weights())
         keeper: Residency = Planned(
-            lambda i, _model: warm[i],
+            lambda i, _model: _warm_row(r, simulation.scoring, policy if own is None else own[i], i),
             [policy.w_energy * row[0].load_j / policy.energy_ref_j for row in r.fleet.planned_with],
             r.work.arrival_s,
             order=(),
             second_cost=policy.w_latency * slope_of_penalty(policy.latency_slo_s),
             options=Options(min_residence_s=policy.min_residence_s, max_wait_s=policy.max_wait_s, tick_s=0.5),
+            before=_before(r),
         )
     elif residency in ON_DEMAND:
         keeper = ON_DEMAND[residency]((), 0)
@@ -237,12 +270,46 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
         raise DataInvalid(
             f"There is no residency policy {residency!r}.", f"Use planned, {', '.join(sorted(ON_DEMAND))}."
         )
-    router = Scored(r.quality, r.work.tokens_in, r.tokens_out, r.weights())
-    simulation = Simulation(r.fleet, r.work, router, keeper)
+    router = Scored(r.quality, r.tokens_in, r.tokens_out, policy if own is None else own)
+    simulation = Simulation(r.fleet, r.work, router, keeper, beliefs=r.beliefs() if r.beliefs else None)
     for worker, models in enumerate(r.resident):
         for model in models:
             simulation.place(model, worker)
     return simulation.run()
+
+
+def _warm_row(r: Recorded, scoring: Fleet, weights: Weights, i: int) -> Array:
+    """[artifacts] for the outlook, as `outlook.warm_row` makes it live: what each would be worth, were it resident and
+    free, at the batch that it has now."""
+    worker = np.argmax(r.fleet.fits, axis=1)
+    rows = np.arange(len(worker))
+    costs, tokens_in, tokens_out = scoring.costs, float(r.tokens_in[i]), r.tokens_out[i]
+    latency = costs.prefill_s[rows, worker] * tokens_in + scoring.step_s[rows, worker] * tokens_out
+    joules = costs.prefill_j[rows, worker] * tokens_in + costs.decode_j[rows, worker] * tokens_out
+    return np.asarray(
+        np.where(np.isfinite(r.quality[i]), r.quality[i], UNUSABLE) * weights.w_quality
+        - np.log1p(latency / weights.latency_slo_s) * (weights.w_latency / LN2)
+        - joules * (weights.w_energy / weights.energy_ref_j)
+    )
+
+
+def _before(r: Recorded) -> list[tuple[float, int, Array | None, float]]:
+    """Earlier queries as `Planned` takes them."""
+    column = {name: i for i, name in enumerate(r.fleet.names)}
+    found = []
+    for at, route in r.before:
+        row = warm_row(route, column, r.policy)
+        first = next((c for c in route.candidates if route.order and c.card == route.order[0]), None)
+        if first is None or first.artifact not in column:
+            continue
+        model = column[first.artifact]
+        unit = r.fleet.planned_with[model][0]
+        work_s = work_of(
+            prefill_s=first.terms.get("prefill_s", 0.0), tokens_out=first.terms.get("tokens_out", 0.0),
+            tpot_s=unit.tpot_s, slope=unit.slope, slots=r.fleet.models[model].slots,
+        )  # fmt: skip
+        found.append((at, model, row, work_s))
+    return found
 
 
 def changed(
@@ -278,4 +345,7 @@ def changed(
         )  # fmt: skip
         resident = ((),) * count
     work = replace(recorded.work, arrival_s=recorded.work.arrival_s / faster)
-    return replace(recorded, fleet=fleet, work=work, resident=resident, policy=policy or recorded.policy)
+    beliefs = None if workers else recorded.beliefs  # of the workers that there were
+    return replace(
+        recorded, fleet=fleet, work=work, resident=resident, policy=policy or recorded.policy, beliefs=beliefs
+    )

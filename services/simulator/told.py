@@ -29,7 +29,7 @@ class Told:
         swap: Callable[[int, int], Swap | None] | None,
     ) -> None:
         """`queue` [m]; `swap`: (model, worker) -> what a load there would mean to others."""
-        self._fleet, self._scoring, self._memory, self._devices = fleet, scoring, memory, devices
+        self._fleet, self.scoring, self._memory, self._devices = fleet, scoring, memory, devices
         self._queue, self._swap = queue, swap
 
     def changed(self) -> None:
@@ -53,7 +53,7 @@ class Told:
     def _ready(self, engine: Engine) -> None:
         model, worker = engine.model, engine.worker
         queue = self._queue[model]
-        self._scoring.set_state(
+        self.scoring.set_state(
             model, worker, ready=True, active=engine.n,
             waiting=-(-len(queue) // len(self._memory.holders[model])) if queue else 0,
             busy_engines=self._devices.others(worker, engine.n > 0),
@@ -70,9 +70,9 @@ class Told:
         if engine is not None and engine.state == LOADING:
             ready_at = engine.ready_at
         elif model in self._memory.pending[worker]:
-            ready_at = now + self._fleet.planned_with[model][worker].load_s
+            ready_at = now + float(self.scoring.costs.load_s[model, worker])
         swap = (self._swap(model, worker) if self._swap else None) or NOTHING
-        self._scoring.set_state(
+        self.scoring.set_state(
             model, worker, ready=False, active=0, waiting=len(self._queue[model]), ready_at=ready_at,
             busy_engines=self._devices.others(worker, 0), delay_s=swap.delay_s, burden=swap.burden,
             sharing=swap.sharing,

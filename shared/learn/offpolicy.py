@@ -90,6 +90,35 @@ def shrunk(logged: Logged, target: Array, predicted: NDArray[Any]) -> Estimate:
     return Estimate(found.value, found.low - left, found.high + left, found.effective)
 
 
+def kinship(residual: Array) -> Array:
+    """[k, k]: by how much the score of model b is above its prediction, on average, for each point by which that of a
+    is above its own, entry [b, a], from recorded scores less predictions [n, k] by fits that have not seen them. What
+    one model gets wrong others do too; queries that not all models have answered (NaN) are left out.
+
+    Raises:
+        ValueError: fewer than two queries are known of all models.
+    """
+    known = residual[~np.isnan(residual).any(axis=1)]
+    if len(known) < 2:
+        raise ValueError("kinship needs two queries that all models have answered")
+    covariance = np.atleast_2d(np.cov(known.T))
+    return np.asarray(covariance / np.maximum(np.diag(covariance), 1e-12)[None, :])
+
+
+def imputed(logged: Logged, target: Array, predicted: NDArray[Any], kin: Array) -> Estimate:
+    """The mean of two corrections of what is predicted: `shrunk`, and what the logged reward says of the other models'
+    rewards on the very same query (`kinship`), which needs no weights at all: regression imputation (Sarndal, Swensson
+    and Wretman 1992). The one errs by variance where weights are large, the other where predictions are."""
+    weight = _raw_weights(logged, target)
+    drawn = weight * SHRINKAGE / (weight**2 + SHRINKAGE)
+    told = (target * kin[:, logged.chosen].T).sum(1)
+    both = (drawn + told) / 2.0
+    residual = logged.reward - predicted[np.arange(len(weight)), logged.chosen]
+    found = _estimate((target * predicted).sum(1) + both * residual, both)
+    left = abs(float(((weight - both) * residual).mean())) if len(weight) else 0.0
+    return Estimate(found.value, found.low - left, found.high + left, found.effective)
+
+
 def gain(logged: Logged, candidate: Array, present: Array, predicted: NDArray[Any]) -> Estimate:
     """Doubly robust estimate of the candidate's advantage over the present policy, both [n, k]: paired, so that what
     the two share cancels."""

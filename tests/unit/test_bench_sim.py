@@ -25,8 +25,9 @@ KEYS = {
 }  # fmt: skip
 
 
-def _folder(path: Path, seed: int, *, answers: bool) -> Path:
-    """120 queries of two kinds, each of which one of the small models answers well; the large one answers both."""
+def _folder(path: Path, seed: int, *, answers: bool, rambles: bool = False) -> Path:
+    """120 queries of two kinds, each of which one of the small models answers well; the large one answers both.
+    `rambles`: a sixth of all answers are of 20,000 characters and wrong, and small models are right in half at best."""
     rng = np.random.default_rng(seed)
     path.mkdir()
     with (path / "queries.jsonl").open("w") as file:
@@ -40,9 +41,11 @@ def _folder(path: Path, seed: int, *, answers: bool) -> Path:
         writer.writerow(["query_id", "model", *(["answer"] if answers else []), "correct", "output_chars"])
         for i in range(120):
             for name, good in (("tiny", 0.9 if i % 2 else 0.1), ("other", 0.1 if i % 2 else 0.9), ("large", 0.95)):
-                right = rng.random() < good
+                good = min(good, 0.5) if rambles and name != "large" else good
+                lost = rambles and rng.random() < 1 / 6
+                right = not lost and rng.random() < good
                 answer = ["A" if right else str(rng.choice(["B", ""]))] if answers else []
-                writer.writerow([i, name, *answer, int(right), int(rng.integers(100, 800))])
+                writer.writerow([i, name, *answer, int(right), 20_000 if lost else int(rng.integers(100, 800))])
     return path
 
 
@@ -109,6 +112,17 @@ def test_an_energy_budget_is_kept_and_more_of_it_buys_quality(files: dict[str, P
     assert low["energy_ratio"] < 0.25
     assert low["energy_ratio"] < high["energy_ratio"] < 0.75
     assert high["accuracy"] >= low["accuracy"] - 0.02
+
+
+def test_what_rambles_is_cut_off_and_the_budget_buys_more(files: dict[str, Path], tmp_path: Path) -> None:
+    """The budget is a share of what the reference takes when it is let ramble."""
+    files |= {n: _folder(tmp_path / f"r{n}", i, answers=True, rambles=True) for i, n in enumerate(("long", "lost"))}
+    own = ("--policy", "calm-escalate@0.3", "--reference", "large")
+    patient = _run(files, *own, learn="long", judge="lost")["calm-escalate@0.3"]
+    endless = _run(files, *own, "--ablate", "patience", learn="long", judge="lost")["calm-escalate@0.3"]
+    assert patient["energy_ratio"] <= 0.33
+    assert patient["accuracy"] > endless["accuracy"] + 0.05
+    assert patient["latency_s_mean"] < endless["latency_s_mean"]
 
 
 class _Priced:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.sim.drift import Change, returned
 from services.monitor.decide import probes
 from services.monitor.decide.probes import Watched
 from services.monitor.decide.signals import Signals
@@ -25,7 +26,7 @@ def play(
 ) -> tuple[Standing, list[tuple[int, str]]]:
     """Judgements of answers that are right with `factor` times the predicted probability."""
     draw = random.Random(seed)
-    now, events = before or Standing(), []
+    now, events = before or Standing(), list[tuple[int, str]]()
     for i in range(count):
         predicted = min(max(draw.gauss(mean, 0.12), 0.05), 0.95)
         now, event = standing.judged(now, predicted, float(draw.random() < factor * predicted))
@@ -176,3 +177,21 @@ def test_signals_tell_a_slower_model_and_a_changed_mix_once() -> None:
         serve(3000 + i, 1.5, ["a"])
     assert [s.subject for s in told] == ["alpha", "queries"]
     assert "more of a" in told[1].detail
+
+
+@pytest.mark.parametrize(
+    ("events", "found"),
+    [
+        ([(2100, 1, "drift"), (6200, 1, "restored")], (False, 200)),
+        ([(2100, 1, "drift"), (4000, 1, "restored")], (True, 0)),
+        ([(2100, 1, "drift"), (4000, 1, "restored"), (4500, 1, "drift"), (6050, 1, "restored")], (False, 50)),
+        ([(2100, 1, "drift"), (6100, 0, "restored")], (False, None)),
+        ([(2100, 1, "drift"), (3000, 1, "rebased")], (False, None)),
+    ],
+)
+def test_a_card_that_came_back_too_early_and_stayed_is_back(
+    events: list[tuple[int, int, str]], found: tuple[bool, int | None]
+) -> None:
+    """The bench's count of restored cards: neither another card's return counts, nor one that did not last."""
+    log = [{"query": at, "model": model, "event": event} for at, model, event in events]
+    assert returned(log, Change(1, 2000, 6000)) == found
