@@ -36,8 +36,8 @@ def _host(*, turn_cost: float = 1.0, load_beside: float = 0.0) -> SimFleet:
     """One host's cores, two models, memory for both."""
     return SimFleet(
         "host", tuple(SimModel(name=f"m{i}", parameters_b=1.0, memory=100, slots=4) for i in range(2)), ("w",), (200,),
-        (100, 100), ((UNIT,), (UNIT,)), np.ones((2, 1), bool), shared=True, overhead_s=0.0, turns=True, turn_cost=turn_cost,
-        load_beside=load_beside,
+        (100, 100), ((UNIT,), (UNIT,)), np.ones((2, 1), bool), shared=True, overhead_s=0.0, turns=True,
+        turn_cost=turn_cost, load_beside=load_beside,
     )  # fmt: skip
 
 
