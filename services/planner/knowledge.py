@@ -171,6 +171,11 @@ class Knowledge:
             for e in w.engines
         )
 
+    def holds(self, route: m.Route) -> bool:
+        """Whether some live worker holds what a decision chose ready."""
+        card = self.models.cards.get(route.order[0]) if route.order else None
+        return card is not None and self.covered(card.artifact.name)
+
     async def count_queues(self) -> None:
         """Read how many queries each artifact has, from the work queue itself (acknowledged means gone)."""
         try:

@@ -146,8 +146,12 @@ class Planner:
                 accepted=stamped, route=_to_carry_out(route), tokens_out=chosen.terms.get("tokens_out", 128.0)
             )
             await self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
-            self._count(route)
+            wanted = not self._knowledge.holds(route)
+            if wanted:  # a load may be due at once
+                self._count(route)
             await self._bus.journal(subjects.DECISION_ROUTE, route, msg_id=decision)
+            if not wanted:  # out of the way of those that came with it
+                self._count(route)
             self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
         else:
             failure = codec.failure_of(routing.refusal(route, analyzed, state), accepted.query_id)
