@@ -125,6 +125,17 @@ class _Choices:
         """The choice as the query wrote it."""
         return self._single.get(found) or self._long.get(found.lower())
 
+    def dressed(self, text: str) -> str | None:
+        """The choice within what is taken for punctuation behind an announcement: `=` or `-x` are choices too."""
+        for announced in reversed(list(_ANNOUNCED.finditer(text))):
+            behind = text[announced.end() : announced.end() + _WINDOW + self.longest + 1]
+            lead = _BEFORE_CHOICE.match(behind)
+            for at in range(lead.end() if lead else 0):
+                match = self.here.match(behind, at)
+                if match is not None and not behind[at - 1 : at].isalnum():
+                    return self.name(match.group())
+        return None
+
     def first(self, text: str) -> str | None:
         """The long choice that the answer begins with, when a mark or a line's end follows."""
         match = self._words.match(text) if self._words is not None else None
@@ -158,6 +169,8 @@ def _choice(text: str, of: list[str], cut: bool) -> m.Reading:
         match = choices.here.match(after)
         if match is not None and (name := choices.name(match.group())) is not None:
             return _found(name, "announced")
+    if (name := choices.dressed(text)) is not None:
+        return _found(name, "announced")
     bare = text.strip(_EDGES)
     if len(bare) <= choices.longest and (name := choices.name(bare)) is not None:
         return _found(name, "alone")

@@ -143,6 +143,12 @@ def test_reading_never_fails_and_finds_only_what_is_there(pieces: list[str], exp
         assert found.value in expect.any_of
 
 
+@pytest.mark.parametrize(("of", "said"), [(["=", "0"], "="), (["-x", "x + 1"], "-x"), (["the", "a"], "the")])
+def test_a_choice_that_looks_like_punctuation_is_read(of: list[str], said: str) -> None:
+    assert read(f"Well. The answer is: {said}\nand so on", m.ExpectChoice(of=of)).value == said
+    assert read(f"The answer is = {of[1]}", m.ExpectChoice(of=of)).value == of[1]
+
+
 @settings(max_examples=100, deadline=None)
 @given(words=st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=8), data=st.data())
 def test_an_announced_choice_is_read_whatever_it_is(words: list[str], data: st.DataObject) -> None:
