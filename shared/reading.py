@@ -87,12 +87,18 @@ def _not_found(why: str) -> m.Reading:
     return m.Reading(value=None, why=why)
 
 
-def _announcements(text: str, before: re.Pattern[str], longest: int) -> Iterator[str]:
-    """What stands after each announcement, the last first."""
+def _announced(text: str, before: re.Pattern[str], longest: int) -> Iterator[tuple[str, int]]:
+    """What stands behind each announcement, the last first, and where in it the lead ends."""
     for match in reversed(list(_ANNOUNCED.finditer(text))):
-        lead = before.match(text[match.end() : match.end() + _WINDOW])
-        begin = match.end() + (lead.end() if lead else 0)
-        yield text[begin : begin + longest + 1]
+        behind = text[match.end() : match.end() + _WINDOW + longest + 1]
+        lead = before.match(behind, 0, _WINDOW)
+        yield behind, lead.end() if lead else 0
+
+
+def _announcements(text: str, before: re.Pattern[str], longest: int) -> Iterator[str]:
+    """What is announced, the last first."""
+    for behind, begin in _announced(text, before, longest):
+        yield behind[begin : begin + longest + 1]
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -127,10 +133,8 @@ class _Choices:
 
     def dressed(self, text: str) -> str | None:
         """The choice within what is taken for punctuation behind an announcement: `=` or `-x` are choices too."""
-        for announced in reversed(list(_ANNOUNCED.finditer(text))):
-            behind = text[announced.end() : announced.end() + _WINDOW + self.longest + 1]
-            lead = _BEFORE_CHOICE.match(behind)
-            for at in range(lead.end() if lead else 0):
+        for behind, end in _announced(text, _BEFORE_CHOICE, self.longest):
+            for at in range(end):
                 match = self.here.match(behind, at)
                 if match is not None and not behind[at - 1 : at].isalnum():
                     return self.name(match.group())

@@ -70,7 +70,7 @@ class Prior:
         similarity = np.array([alike.get(name, level) for name in self._names])
         fit = 1.0 + FIT_SPAN * np.tanh((similarity - level) / FIT_SCALE)
         quality = np.minimum(1.0, prior * fit)
-        if len(self._heard):  # where none is, the formula leaves quality as it is
+        if self._heard:  # where none is, the formula leaves quality as it is
             weight = FEEDBACK_PRIOR + self._count
             quality = np.where(self._count > 0, (quality * FEEDBACK_PRIOR + self._mean * self._count) / weight, quality)
         terms = [
