@@ -41,11 +41,12 @@ class Asked:
 
     @property
     def overhead_s(self) -> float | None:
-        """What the client waited beyond waiting for a model and a slot, reading and generating."""
+        """What the client waited beyond waiting for a model and a slot, reading, generating, and earlier attempts."""
         if self.answer is None or self.final_s is None:
             return None
         t = self.answer["timings"]
-        return float(self.final_s - t["queue_s"] - t["load_s"] - t["prefill_s"] - t["decode_s"])
+        parts = ("queue_s", "load_s", "prefill_s", "decode_s", "retried_s")
+        return float(self.final_s - sum(t.get(part, 0.0) for part in parts))
 
 
 def totals(asked: Sequence[Asked]) -> dict[str, Any]:

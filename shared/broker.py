@@ -66,8 +66,8 @@ class Broker:
         file.write_text(config(folder / "jetstream", host, port))
         process = await asyncio.create_subprocess_exec(
             str(binary()), "-c", str(file),
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
-            env={"GOMAXPROCS": str(_threads()), **os.environ}, preexec_fn=bound_to_parent(),
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            env={"GOMAXPROCS": str(_threads()), **os.environ}, preexec_fn=bound_to_parent,
         )  # fmt: skip
         printed: list[str] = []
         found: int | None = None

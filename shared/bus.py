@@ -197,15 +197,17 @@ class Bus:
     async def claim(self, done: m.Done) -> bool:
         """Record how a query ended, unless that is already recorded. True when this call was the first.
 
-        The broker accepts one message per `calm.done.<query_id>`: the one claim that wins is the one
-        final answer. A claim repeated because its acknowledgement was lost is still won.
+        The broker accepts one message per `calm.done.<query_id>.<inbox>`: the one claim that wins is the one
+        final answer, and the broker hands it to the client. A claim repeated because its acknowledgement was lost is
+        still won.
         """
         headers = {
             "Nats-Expected-Last-Subject-Sequence": "0",
             "Nats-Msg-Id": f"{done.query_id}-done-{uuid.uuid4().hex}",
         }
+        data, record = codec.pack_done(done)
         try:
-            await self._publish(subjects.done(done.query_id), codec.pack(done), headers)
+            await self._publish(subjects.done(done.query_id, done.reply), data, {**headers, **record})
         except nats.js.errors.APIError as error:
             if error.err_code == _WRONG_LAST_SEQUENCE:
                 return False
@@ -215,27 +217,31 @@ class Bus:
     async def claimed(self, query_id: str) -> m.Done | None:
         """How a query ended, or None while it has not."""
         try:
-            raw = await self.js.get_last_msg(subjects.STREAM_DONE, subjects.done(query_id), direct=True)
+            raw = await self.js.get_last_msg(subjects.STREAM_DONE, subjects.done_of(query_id))
         except nats.js.errors.NotFoundError:
             return None
-        return codec.unpack(raw.data or b"", m.Done)
+        return codec.unpack_done(raw.data or b"", raw.headers)
 
     async def finish(self, done: m.Done, *, resend: bool = False, chunk: m.Chunk | None = None) -> bool:
-        """Claim the end of a query and, when the claim is won, send the client its final message, behind the last
-        `chunk` of its text if there is one: both reach it at once, and nothing is in the claim's way.
+        """Claim the end of a query, behind the last `chunk` of its text if there is one. The broker hands the claim
+        that wins to the client; to reply subjects that are no NATS client's inbox it is sent from here.
 
         With `resend` (the input was delivered before, so an earlier holder may have died between
-        claiming and sending) the recorded end is sent again: the same message, never another one.
+        claiming and sending) the recorded end is sent again from here: the same message, never another one.
         """
+        if chunk is not None and done.reply:
+            await self.reply(done.reply, chunk, done.encoding)
         won = await self.claim(done)
         final = done if won else (await self.claimed(done.query_id) if resend else None)
-        if final is not None and final.reply:
-            message = final.answer or final.failure
-            if message is not None:
-                if chunk is not None and won:
-                    await self.reply(final.reply, chunk, final.encoding)
-                await self.reply(final.reply, message, final.encoding)
+        if final is not None:
+            await self.deliver(final)
         return won
+
+    async def deliver(self, done: m.Done) -> None:
+        """Send a recorded end to its client, unless the broker did so when it stored it."""
+        message = done.answer or done.failure
+        if message is not None and done.reply and not subjects.delivered_by_broker(done.reply):
+            await self.reply(done.reply, message, done.encoding)
 
     async def reply(self, inbox: str, message: msgspec.Struct, encoding: str) -> None:
         """Send a public message to a client's inbox."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,8 @@ T = TypeVar("T")
 CONTENT_TYPE = "Content-Type"
 JSON = "application/json"
 MSGPACK = "application/msgpack"
+RECORD = "Calm-Record"
+"""Header of a query's end: what the client's final message does not say of it."""
 
 _pack = msgspec.msgpack.Encoder().encode
 _json = msgspec.json.Encoder().encode
@@ -50,6 +53,29 @@ def from_json(data: bytes, kind: type[T]) -> T:
     """Decode JSON. Raises msgspec.ValidationError or msgspec.DecodeError."""
     result: T = _json_decoder(cast("Any", kind)).decode(data)
     return result
+
+
+def pack_done(done: m.Done) -> tuple[bytes, dict[str, str]]:
+    """How a query ended: its client's final message, and headers with all the rest, for ourselves."""
+    final = done.answer or done.failure
+    record = _json(msgspec.structs.replace(done, answer=None, failure=None))
+    text = record.decode() if record.isascii() else json.dumps(json.loads(record))
+    return encode_public(final, done.encoding) if final is not None else b"", {RECORD: text}
+
+
+def unpack_done(data: bytes, headers: dict[str, str] | None) -> m.Done:
+    """What `pack_done` made. Raises msgspec.ValidationError or msgspec.DecodeError."""
+    record = (headers or {}).get(RECORD)
+    if record is None:  # of an earlier version
+        return unpack(data, m.Done)
+    done = from_json(record.encode(), m.Done)
+    if not data:
+        return done
+    decode = unpack if done.encoding == "msgpack" else from_json
+    final = decode(data, cast("type[m.Answer | m.Failure]", m.Answer | m.Failure))
+    if isinstance(final, m.Failure):
+        return msgspec.structs.replace(done, failure=final)
+    return msgspec.structs.replace(done, answer=final)
 
 
 def encode_public(message: msgspec.Struct, encoding: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, KeyValueConfig, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import DiscardPolicy, KeyValueConfig, RePublish, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import BadRequestError
 
 from shared import subjects
@@ -41,7 +41,8 @@ STREAMS: tuple[StreamConfig, ...] = (
     ),
     StreamConfig(
         name=subjects.STREAM_DONE,
-        subjects=["calm.done.*"],
+        subjects=[subjects.done_of("*")],
+        republish=RePublish(*subjects.DONE_TO_INBOX),
         retention=RetentionPolicy.LIMITS,
         storage=StorageType.FILE,
         max_age=_DAY_S,

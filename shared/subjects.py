@@ -44,6 +44,11 @@ INTAKE_QUEUE = "calm-intake"
 KNOWLEDGE_QUEUE = "calm-knowledge"
 CONTROL_QUEUE = "calm-control"
 
+INBOXES = "_INBOX"
+DONE_TO_INBOX = (f"calm.done.*.{INBOXES}.>", f"{INBOXES}.>")
+"""What stream `CALM_DONE` republishes, and where: only what it has stored, which is the first end of a query."""
+_ELSEWHERE = "end"
+
 PRIORITIES: tuple[Literal["hi", "lo"], ...] = ("hi", "lo")
 
 
@@ -51,8 +56,24 @@ def cancel(query_id: str) -> str:
     return f"calm.cancel.{query_id}"
 
 
-def done(query_id: str) -> str:
-    return f"calm.done.{query_id}"
+def done(query_id: str, reply: str) -> str:
+    """Where a query's end is claimed. The broker sends what it stores on to a client's inbox, which it finds here."""
+    return f"calm.done.{query_id}.{reply if delivered_by_broker(reply) else _ELSEWHERE}"
+
+
+def done_of(query_id: str) -> str:
+    """Whatever the client's inbox (`*` for every query)."""
+    return f"calm.done.{query_id}.>"
+
+
+def query_of_done(subject: str) -> str:
+    """The query id in a subject made by `done`."""
+    return subject.split(".", 3)[2]
+
+
+def delivered_by_broker(reply: str) -> bool:
+    """Whether the broker itself hands a claimed end to this inbox: NATS clients' own inboxes, unless renamed."""
+    return reply.startswith(f"{INBOXES}.")
 
 
 def work(artifact: str, priority: str) -> str:
@@ -144,8 +165,11 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(FAILED, f"JetStream {STREAM_QUERIES}, work queue", (m.AttemptFailed,), "workers", "executor"),
     Entry(work("<artifact>", "<priority>"), f"JetStream {STREAM_WORK}, work queue", (m.Work,), "executor",
           "engines of the artifact", "one durable consumer per artifact and priority (`hi`, `lo`)"),
-    Entry(done("<query_id>"), f"JetStream {STREAM_DONE}, one message per subject, first wins", (m.Done,),
-          "workers, executor, planner, monitor", "monitor, executor", "the claim: see decisions/0003"),
+    Entry(done("<query_id>", f"{INBOXES}.<token>"), f"JetStream {STREAM_DONE}, one message per subject, first wins",
+          (m.Answer, m.Failure, m.Done), "workers, executor, planner, monitor", "clients, monitor, executor",
+          "the claim: see decisions/0003; the client's final message with the rest of `done.v1` as JSON in the header "
+          "`Calm-Record`, which the broker republishes to the inbox in the subject (`end` in its place for other "
+          "reply subjects)"),
     Entry(DEAD, f"JetStream {STREAM_DEAD}", (m.Dead,), "all services", "people"),
     Entry(load("<worker>"), f"JetStream {STREAM_COMMANDS}, work queue", (m.Load,), "planner", "executor"),
     Entry(evict("<worker>"), f"JetStream {STREAM_COMMANDS}, work queue", (m.Evict,), "planner", "executor"),

@@ -73,8 +73,7 @@ class Supervised:
             with self._log.open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", self._module, env=self._environment,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, preexec_fn=bound_to_parent(),
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=bound_to_parent,
                 )  # fmt: skip
             code = await self._process.wait()
             if self._stopping.is_set():

@@ -157,8 +157,8 @@ class _System:
     async def _run(self, *command: str) -> int:
         """Run a command to its end, or until `calm up` is to stop; its exit status."""
         process = await asyncio.create_subprocess_exec(
-            *command, env={**packing.environment(self._settings), "CALM_DEVICE": self._device}, start_new_session=True,
-            preexec_fn=bound_to_parent(),
+            *command, env={**packing.environment(self._settings), "CALM_DEVICE": self._device},
+            preexec_fn=bound_to_parent,
         )  # fmt: skip
         await self._unless_stopped(process.wait())
         if process.returncode is None:

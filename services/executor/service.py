@@ -57,7 +57,7 @@ class Executor:
         )
 
     async def start(self) -> None:
-        await self._bus.subscribe(subjects.done("*"), self._on_done)
+        await self._bus.subscribe(subjects.done_of("*"), self._on_done)
         await self._bus.subscribe(subjects.cancel("*"), self._on_cancel)
         await self._bus.subscribe(subjects.FAILED, self._on_failed_anywhere)
         await self._bus.subscribe(subjects.JOURNAL_OPERATION, self._on_operation)
@@ -111,9 +111,8 @@ class Executor:
                 # An executor that claimed a failure may have died before it told the client. An engine's
                 # answer is the engine's to send again: its own message is redelivered in that case.
                 ours = unread.SETTLED in done.stamps or (done.failure is not None and not done.worker)
-                final = done.answer or done.failure
-                if ours and final is not None and done.reply:
-                    await self._bus.reply(done.reply, final, done.encoding)
+                if ours:
+                    await self._bus.deliver(done)
                 return
         rank = attempts.next_rank(entry.planned.route, self._models.cards, 0, self._usable)
         if rank is None:
@@ -197,10 +196,10 @@ class Executor:
     # --- events ---
 
     async def _on_done(self, message: Msg) -> None:
-        query_id = message.subject.split(".")[2]
+        query_id = subjects.query_of_done(message.subject)
         asyncio.get_running_loop().call_later(LET_GO_AFTER_S, self._supervision.ended, query_id)
         if self._breakers:
-            done = codec.unpack(message.data, m.Done)
+            done = codec.unpack_done(message.data, message.headers)
             if done.answer is not None:
                 self._breakers.pop(done.artifact, None)
 

@@ -46,7 +46,7 @@ class Recorder:
         self._clock = clock
         self._log = log
         self._pullers = [
-            self._puller(subjects.STREAM_DONE, "calm.done.*", self._done),
+            self._puller(subjects.STREAM_DONE, subjects.done_of("*"), self._done),
             self._puller(subjects.STREAM_JOURNAL, ">", self._journal),
         ]
 
@@ -93,7 +93,7 @@ class Recorder:
             await message.ack()
 
     async def _done(self, message: Msg) -> None:
-        done = codec.unpack(message.data, m.Done)
+        done = codec.unpack_done(message.data, message.headers)
         at = message.metadata.timestamp.timestamp()
         if done.rejected:
             code = done.failure.code if done.failure else "unknown"

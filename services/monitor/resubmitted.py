@@ -46,17 +46,18 @@ class Resubmitted:
             await self._fail(accepted, stopping)
 
     async def _follow(self, accepted: m.Accepted) -> None:
-        ended: asyncio.Queue[bytes] = asyncio.Queue()
+        ended: asyncio.Queue[Msg] = asyncio.Queue()
 
         async def on_end(message: Msg) -> None:
-            ended.put_nowait(message.data)
+            ended.put_nowait(message)
 
-        subscription = await self._bus.subscribe(subjects.done(accepted.query_id), on_end)
+        subscription = await self._bus.subscribe(subjects.done_of(accepted.query_id), on_end)
         try:
             if await self.take(accepted):  # it ended before the subscription was there
                 return
             async with asyncio.timeout(max(accepted.deadline_at - self._clock(), 0.0)):
-                await self._send(accepted, codec.unpack(await ended.get(), m.Done))
+                last = await ended.get()
+                await self._send(accepted, codec.unpack_done(last.data, last.headers))
         except TimeoutError:
             late = DeadlineExpired("This deadline passed first.", "Send the query again with a longer `deadline_s`.")
             await self._fail(accepted, late)

@@ -79,7 +79,7 @@ class Control:
         at the very moment at which its answer is on the way."""
         if self._view.in_force is None:
             await self._heard.wait()
-        await self._bus.subscribe(subjects.done("*"), self._on_done)
+        await self._bus.subscribe(subjects.done_of("*"), self._on_done)
         self.listening = True
 
     async def stop(self) -> None:
@@ -158,7 +158,7 @@ class Control:
             self._fresh += 1
 
     async def _on_done(self, message: Msg) -> None:
-        done = codec.unpack(message.data, m.Done)
+        done = codec.unpack_done(message.data, message.headers)
         known = self._open.pop(done.query_id, None)
         if known is None or done.answer is None or self._view.in_force is None:
             return

@@ -58,8 +58,7 @@ class Child:
             *([BACKGROUND] if background else []),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=bound_to_parent(),
+            preexec_fn=bound_to_parent,
         )
         return cls(process)
 

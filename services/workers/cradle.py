@@ -20,6 +20,7 @@ import shared
 from services.workers.nursery import MESSAGE_BYTES, Birth, Born, Died, credentials, same_user
 from shared.errors import NotReady, SettingsInvalid
 from shared.messages import Device
+from shared.processes import own_group
 from shared.settings import Settings
 
 FIRST_S = 30.0
@@ -258,7 +259,7 @@ async def _start(name: str) -> None:
     launcher = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.workers.nursery", name,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # it starts threads when it is imported
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=own_group,
     )  # fmt: skip
     async with asyncio.timeout(FIRST_S):
         await launcher.wait()
@@ -266,11 +267,11 @@ async def _start(name: str) -> None:
 
 
 def name() -> str:
-    """Of the nursery whose engines are just those that this process would start itself: the same user, program and
-    code, the same limits and place in the system."""
+    """Of the nursery whose engines are just those that this process would start itself: the same user, session,
+    program and code, the same limits and place in the system."""
     facts: list[object] = [
-        os.getuid(), sys.executable, sys.path, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0),
-        sorted(os.sched_getaffinity(0)), Path("/proc/self/cgroup").read_text(),
+        os.getuid(), os.getsid(0), sys.executable, sys.path,
+        os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), sorted(os.sched_getaffinity(0)), Path("/proc/self/cgroup").read_text(),
         [Path(f"/proc/self/ns/{kind}").readlink() for kind in ("mnt", "pid", "net")],
         sorted((k, v) for k, v in os.environ.items() if k.startswith(FROZEN)),
         Path(sysconfig.get_path("purelib")).stat().st_mtime_ns,

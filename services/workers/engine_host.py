@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import nats.errors
 import psutil
 import structlog
 from nats.aio.msg import Msg
@@ -34,7 +33,9 @@ MAX_DELIVERIES = 6
 """Work delivered more often than this has ended its engine each time, and is given up."""
 HELD = 2
 """Both priorities may ask for the last slot at once; what arrives beyond it waits here for the next one."""
-REPORT_S = 0.2
+REPORT_S = 0.25
+"""A change is reported this much later, with those that follow it: at the moment of the change a query is on its way,
+and the report wakes five processes."""
 REHEARSALS = 32
 TURNS_TO_FLUSH = 3
 """Turns of the event loop from an event's arrival at its query until what that publishes is on the socket: the query's
@@ -275,7 +276,7 @@ class EngineHost:
             self._wake()
         if ended:
             await asyncio.sleep(SETTLE_AFTER_S)
-            await self._settle(message)
+            await message.ack()  # lost with the broker, it is delivered again, and the claim makes that harmless
 
     async def _serve(self, message: Msg, work: m.Work, pulled_at: float, slot_open_at: float) -> bool:
         """Whether the work has come to its end here, and is to be settled."""
@@ -440,12 +441,6 @@ class EngineHost:
         )
         await self._bus.publish(subjects.FAILED, failed, msg_id=f"{work.query_id}-failed-{job.attempt}")
 
-    async def _settle(self, message: Msg) -> None:
-        try:
-            await message.ack_sync(timeout=2)
-        except (nats.errors.Error, TimeoutError):
-            await message.ack()  # the broker is away; the claim makes a redelivery harmless
-
     async def _on_cancel(self, message: Msg) -> None:
         query_id = message.subject.split(".", 2)[2]
         self._cancelled[query_id] = None
@@ -461,6 +456,7 @@ class EngineHost:
     async def _report_changes(self) -> None:
         while True:
             await self._changed.wait()
+            await asyncio.sleep(REPORT_S)
             self._changed.clear()
             self._report(
                 State(
@@ -472,7 +468,6 @@ class EngineHost:
                     measured_bytes=self._process.memory_info().rss,
                 )
             )
-            await asyncio.sleep(REPORT_S)  # at most five reports a second
 
 
 def _why(work: m.Work) -> str:

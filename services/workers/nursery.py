@@ -134,7 +134,7 @@ class Nursery:
 
     def _leave(self, birth: Birth, descriptors: list[int]) -> None:
         """In the child: keep nothing that is the nursery's."""
-        os.setsid()
+        os.setpgid(0, 0)  # as `shared.processes.own_group`
         for number, descriptor in enumerate(descriptors):
             os.dup2(descriptor, number)
         self._selector.close()

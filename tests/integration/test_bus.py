@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from nats.aio.msg import Msg
 
 from shared import codec, subjects
@@ -41,9 +42,10 @@ async def test_only_the_first_claim_wins(bus: Bus) -> None:
     assert await bus.claimed("other") is None
 
 
-async def test_finish_sends_once_and_resends_the_recorded_end(bus: Bus) -> None:
-    """The loser of a claim sends nothing; a redelivered holder sends the recorded end again, unchanged."""
-    inbox = bus.nc.new_inbox()
+@pytest.mark.parametrize(("inbox", "times"), [("_INBOX.client.1", 1), ("elsewhere.1", 2)])
+async def test_finish_sends_once_and_resends_the_recorded_end(bus: Bus, inbox: str, times: int) -> None:
+    """The loser of a claim sends nothing. The broker itself hands the first to a client's inbox; to any other subject
+    a redelivered holder sends it again, unchanged, for the winner may have died before it did."""
     got: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def collect(message: Msg) -> None:
@@ -57,8 +59,8 @@ async def test_finish_sends_once_and_resends_the_recorded_end(bus: Bus) -> None:
     assert not await bus.finish(second, resend=True)
     await bus.nc.flush()
     async with asyncio.timeout(5):
-        texts = [codec.from_json(await got.get(), m.Failure).message for _ in range(2)]
-    assert texts == ["first", "first"]
+        texts = [codec.from_json(await got.get(), m.Failure).message for _ in range(times)]
+    assert texts == ["first"] * times
     assert got.empty()
 
 

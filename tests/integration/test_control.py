@@ -93,7 +93,8 @@ async def serve(bus: Bus, first: int, count: int, *, energy_j: float, latency_s:
             confidence=m.Confidence(mean_logprob=0, min_logprob=0, mean_entropy=0), attempt=1, why="",
         )  # fmt: skip
         await bus.nc.publish(subjects.DECISION_ROUTE, codec.pack(route))
-        await bus.nc.publish(subjects.done(f"q{i}"), codec.pack(m.Done(query_id=f"q{i}", answer=answer)))
+        data, headers = codec.pack_done(m.Done(query_id=f"q{i}", answer=answer))
+        await bus.nc.publish(subjects.done(f"q{i}", ""), data, headers=headers)
     await bus.nc.flush()
 
 

@@ -176,7 +176,7 @@ async def test_a_replica_takes_the_knowledge_base_over(bus: Bus, settings: Setti
 
 async def test_an_undecodable_record_goes_to_the_dead_letters(bus: Bus, monitor: Running) -> None:
     """A message that cannot be read is kept in `calm.dead`, and what follows is recorded."""
-    await bus.js.publish(subjects.done("broken"), b"\xc1nonsense")
+    await bus.js.publish(subjects.done("broken", ""), b"\xc1nonsense")
     await bus.js.publish("calm.journal.unheard-of", b"\x80")
     await bus.claim(done("sound"))
     await _counts(bus, answered=1)
@@ -191,7 +191,7 @@ async def test_an_undecodable_record_goes_to_the_dead_letters(bus: Bus, monitor:
     async with asyncio.timeout(10):
         kept = [await dead.get(), await dead.get()]
     await puller.stop(1)
-    assert {d.subject for d in kept} == {"calm.done.broken", "calm.journal.unheard-of"}
+    assert {d.subject for d in kept} == {"calm.done.broken.end", "calm.journal.unheard-of"}
     assert all(d.reason and d.service == "monitor" for d in kept)
     info = await bus.js.consumer_info(subjects.STREAM_DONE, "recorder")
     assert info.num_redelivered == 0

@@ -147,14 +147,15 @@ async def test_at_the_deadline_the_answer_so_far_is_given(bus: Bus) -> None:
     assert len(fleet.works) == 2
 
 
+@pytest.mark.parametrize("inbox", ["_INBOX.client.1", "elsewhere.1"])
 async def test_an_executor_that_died_between_claim_and_reply_leaves_the_answer_to_the_next_one(
-    executor: Executor, bus: Bus
+    executor: Executor, bus: Bus, inbox: str
 ) -> None:
-    """The end is on record, settled by an executor, and the planned query is delivered again: the client gets it."""
+    """The end is on record, settled by an executor, and the planned query is delivered again: the client gets it, from
+    the broker or from the next executor, and once."""
     stamps = {unread.SETTLED: 1.0}
     done = done_of("q1", "plain", text="I cannot say.", stamps=stamps)
     sent: list[m.Answer] = []
-    inbox = bus.nc.new_inbox()
 
     async def on_reply(message: Msg) -> None:
         sent.append(codec.from_json(message.data, m.Answer))

@@ -75,7 +75,7 @@ class Ended:
 
     async def take(self, message: Msg) -> None:
         async with self._came:
-            done = codec.unpack(message.data, Done)
+            done = codec.unpack_done(message.data, message.headers)
             self.all[done.query_id] = done
             self._came.notify_all()
 
@@ -88,7 +88,7 @@ class Ended:
 @pytest.fixture
 async def ended(system: System) -> Ended:
     result = Ended()
-    await system.bus.nc.subscribe(subjects.done("*"), cb=result.take)
+    await system.bus.nc.subscribe(subjects.done_of("*"), cb=result.take)
     return result
 
 

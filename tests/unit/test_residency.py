@@ -17,6 +17,7 @@ from tests.samples import GB, spec, worker
 
 A, B, C = (spec(f"{name}-int8", weights=400 * 10**6, slots=4) for name in "abc")
 SPECS = {s.name: s for s in (A, B, C)}
+BIG = spec("big-fp32", weights=1000 * 10**6, slots=4)
 POLICY = m.Policy(fleet="f", min_residence_s=3.0, idle_evict_s=100.0, max_wait_s=5.0)
 NOW = 1000.0
 
@@ -33,9 +34,10 @@ def _plan(
     pinned: frozenset[str] = frozenset(),
     pending: Sequence[Pending] = (),
     held_back: frozenset[tuple[str, str]] = frozenset(),
+    specs: Mapping[str, m.ArtifactSpec] = SPECS,
 ) -> Plan:
     return residency.plan(
-        workers=workers, specs=SPECS, pinned=pinned, popularity={A.name: 2.0, B.name: 1.0}, demand=demand or {},
+        workers=workers, specs=specs, pinned=pinned, popularity={A.name: 2.0, B.name: 1.0}, demand=demand or {},
         load_s={}, pending=pending, held_back=held_back, policy=POLICY, now=NOW,
     )  # fmt: skip
 
@@ -245,3 +247,42 @@ def _apply(action: Action, used: dict[str, int], loaded_at: dict[str, float]) ->
     else:
         assert action.artifact not in used
         used[action.artifact] = SPECS[action.artifact].footprint_bytes
+
+
+def test_what_needs_the_memory_of_an_eviction_waits_for_it_whoever_ordered_that() -> None:
+    """Neither a second load of the same pass nor one of a later pass reaches a worker before the memory is free."""
+    workers = [worker(budget=1300 * 10**6, engines=[engine(BIG, loaded_at=0.0)])]
+    demand = {A.name: Demand(waiting=1, waiting_since=0.0), B.name: Demand(waiting=1, waiting_since=1.0)}
+    plan = _plan(workers, demand, specs={**SPECS, BIG.name: BIG})
+    assert [(a.kind, a.artifact, a.after) for a in plan.actions] == [
+        ("evict", BIG.name, ()), ("load", A.name, (BIG.name,)), ("load", B.name, (BIG.name,)),
+    ]  # fmt: skip
+    under_way = [Pending("evict", "w1", BIG.name), Pending("load", "w1", A.name, A.footprint_bytes)]
+    later = _plan(workers, {B.name: demand[B.name]}, pending=under_way, specs={**SPECS, BIG.name: BIG})
+    assert [(a.kind, a.artifact, a.after) for a in later.actions] == [("load", B.name, (BIG.name,))]
+
+
+def test_a_load_into_free_memory_waits_for_no_eviction() -> None:
+    """Another model on its way out of the worker is none of its business."""
+    workers = [worker(engines=[engine(A, loaded_at=0.0)])]
+    plan = _plan(workers, {B.name: Demand(waiting=1)}, pending=[Pending("evict", "w1", A.name)])
+    assert [(a.kind, a.after) for a in plan.actions] == [("load", ())]
+
+
+def test_prefetching_leaves_replicas_that_are_needed() -> None:
+    """A replica is no loss to routing, but who waits for its slots would bring it back at once."""
+    utilities, rates = np.tile([1.0, 2.0], (30, 1)), np.full(30, 0.05)
+    forecast = Forecast(artifacts={A.name: 0, B.name: 1}, utilities=utilities, rates=rates)
+    size = A.footprint_bytes
+    workers = [worker(name, budget=size, engines=[engine(A, loaded_at=0.0)]) for name in ("w1", "w2")]
+
+    def reasons(waiting: int) -> list[tuple[str, str, str, str]]:
+        return _what(
+            residency.plan(
+                workers=workers, specs=SPECS, pinned=frozenset(), popularity={}, load_s={}, pending=(), policy=POLICY,
+                demand={A.name: Demand(waiting=waiting)}, held_back=frozenset(), now=NOW, forecast=forecast,
+            )
+        )  # fmt: skip
+
+    assert reasons(A.slots + 1) == []
+    assert [r[3] for r in reasons(1) if r[0] == "load"] == ["prefetch"]

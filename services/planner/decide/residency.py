@@ -17,7 +17,7 @@ One pass, in order (the numbers stand in the code too):
    the least possible wait), and for `max_wait_s` at most.
 5. An artifact unused for `idle_evict_s` and not pinned leaves.
 6. With a forecast: the exchange that gains most is made (prefetch), if within the time for which the forecast is
-   trusted it earns more than the load costs (hysteresis).
+   trusted it earns more than the load costs (hysteresis), and if no replica leaves that 2 would bring back.
 
 Value per byte: with a forecast, what routing would lose without the artifact (`outlook`). Without one, after
 GreedyDual-Size (Cao and Irani, 1997) with a decayed demand rate in place of a count: what keeping an artifact saves
@@ -81,7 +81,7 @@ class Action:
     artifact: str
     reason: str
     after: tuple[str, ...] = ()
-    """Artifacts whose eviction from the same worker must come first."""
+    """Artifacts whose eviction from the same worker must come first: this pass ordered it, or an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class _Room:
 
     state: m.WorkerState
     free: int
+    at_once: int
+    """Bytes that are free already: what fits into them need not wait for evictions."""
     holds: set[str]
     leaving: set[str] = field(default_factory=set)
     coming: int = 0
@@ -227,7 +229,7 @@ def _room(worker: m.WorkerState, pending: Sequence[Pending]) -> _Room:
             holds.discard(command.artifact)
             leaving.add(command.artifact)
     coming = sum(e.footprint_bytes for e in worker.engines if e.artifact in leaving)
-    return _Room(worker, free, holds, leaving, coming)
+    return _Room(worker, free, max(free, 0), holds, leaving, coming)
 
 
 @dataclass
@@ -274,8 +276,11 @@ class _Pass:
             room.free += victim.footprint_bytes
             room.holds.discard(victim.artifact)
             room.leaving.add(victim.artifact)
-        actions.append(Action("load", room.state.worker, artifact, reason, tuple(v.artifact for v in victims)))
-        room.free -= self.specs[artifact].footprint_bytes
+        size = self.specs[artifact].footprint_bytes
+        after = () if size <= room.at_once else tuple(sorted(room.leaving))
+        actions.append(Action("load", room.state.worker, artifact, reason, after))
+        room.free -= size
+        room.at_once = max(room.at_once - size, 0)
         if room.free < 0:  # the rest comes from evictions under way, which the load waits for
             room.coming += room.free
             room.free = 0
@@ -366,12 +371,26 @@ def _short_of_slots(context: _Pass) -> list[str]:
         holders = [room.state.device for room in context.rooms if artifact in room.holds]
         if spec is None or not holders:
             continue
-        lacking = float(demand.waiting - sum(spec.at_once(device) for device in holders))
-        if context.forecast is not None:
-            lacking = max(lacking, (decayed_work(demand, context.now) / FULL - len(holders)) * spec.slots)
+        lacking = _lacking(context, spec, demand, holders)
         if lacking > 0:
             short.append((-lacking, artifact))
     return [artifact for _, artifact in sorted(short)]
+
+
+def _lacking(context: _Pass, spec: m.ArtifactSpec, demand: Demand, holders: Sequence[m.Device]) -> float:
+    """Slots that an artifact's queries lack when these devices hold it; negative when there are some to spare."""
+    lacking = float(demand.waiting - sum(spec.at_once(device) for device in holders))
+    if context.forecast is not None:
+        lacking = max(lacking, (decayed_work(demand, context.now) / FULL - len(holders)) * spec.slots)
+    return lacking
+
+
+def _spare(context: _Pass, room: _Room, artifact: str) -> bool:
+    """Whether the others that hold the artifact are enough without this room, or there are none: what routing loses
+    without it tells then."""
+    spec, demand = context.specs.get(artifact), context.demand.get(artifact)
+    holders = [other.state.device for other in context.rooms if other is not room and artifact in other.holds]
+    return spec is None or demand is None or not holders or _lacking(context, spec, demand, holders) <= 0
 
 
 def _warm(context: _Pass, popularity: Mapping[str, float]) -> list[str]:
@@ -489,7 +508,7 @@ def _exchange(context: _Pass, forecast: Forecast, actions: list[Action]) -> None
             if artifact in room.holds or (room.state.worker, artifact) in context.held_back or not room.quiet():
                 continue
             victims = _cheapest(context, room, context.specs[artifact].footprint_bytes)
-            if victims is not None:
+            if victims is not None and all(_spare(context, room, v.artifact) for v in victims):
                 lost = sum(context.losses.get(v.artifact, 0.0) for v in victims)
                 options.append((lost, len(victims), room.state.worker, room, victims))
         for _, _, _, room, victims in sorted(options, key=lambda o: o[:3])[:CANDIDATES]:
