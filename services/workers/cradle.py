@@ -271,7 +271,8 @@ def name() -> str:
     program and code, the same limits and place in the system."""
     facts: list[object] = [
         os.getuid(), os.getsid(0), sys.executable, sys.path,
-        os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), sorted(os.sched_getaffinity(0)), Path("/proc/self/cgroup").read_text(),
+        os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), sorted(os.sched_getaffinity(0)),
+        Path("/proc/self/cgroup").read_text(),
         [Path(f"/proc/self/ns/{kind}").readlink() for kind in ("mnt", "pid", "net")],
         sorted((k, v) for k, v in os.environ.items() if k.startswith(FROZEN)),
         Path(sysconfig.get_path("purelib")).stat().st_mtime_ns,
