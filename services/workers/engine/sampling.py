@@ -26,12 +26,16 @@ class Choice:
     entropy: float
 
 
+_DIRECT = (-30.0, 60.0)
+"""Best logits of which the exponentials, and all that count beside it, are numbers as they are: the best need not be
+subtracted from each, which is a fifth of choosing."""
+
+
 class Chooser:
-    """Chooses row by row in two buffers of its own: arrays of this size are mapped and unmapped by the kernel each
-    time they are made, which cost more (0.1 ms a row) than the arithmetic (0.04 ms for 49 k tokens)."""
+    """Chooses row by row in a buffer of its own: arrays of this size are mapped and unmapped by the kernel each time
+    they are made, which cost more (0.1 ms a row) than the arithmetic (0.04 ms for 49 k tokens)."""
 
     def __init__(self, vocab: int) -> None:
-        self._shifted = np.empty(vocab, np.float32)
         self._weights = np.empty(vocab, np.float32)
         self._ones = np.ones(vocab, np.float32)
 
@@ -41,17 +45,18 @@ class Chooser:
         Raises:
             EngineFailed: the logits are not finite.
         """
-        best = int(logits.argmax())
-        shifted, weights = self._shifted, self._weights
-        np.subtract(logits, logits[best], out=shifted)
-        np.exp(shifted, out=weights)
+        best, weights = int(logits.argmax()), self._weights
+        if not _DIRECT[0] <= logits[best] <= _DIRECT[1]:
+            with np.errstate(invalid="ignore"):  # of what is not finite: told below
+                logits = logits - logits[best]
+        np.exp(logits, out=weights)
         total = float(weights.dot(self._ones))  # BLAS: half the time of `sum`
         if not math.isfinite(total):
             raise EngineFailed("The model's output is not finite.", "Verify the model, or use another variant of it.")
         log_total = math.log(total)
-        entropy = log_total - float(weights.dot(shifted)) / total
-        token = _sample(shifted, setting, generator) if setting.temperature > 0 else best
-        return Choice(token, float(shifted[token]) - log_total, max(entropy, 0.0))
+        entropy = log_total - float(weights.dot(logits)) / total
+        token = _sample(logits, setting, generator) if setting.temperature > 0 else best
+        return Choice(token, float(logits[token]) - log_total, max(entropy, 0.0))
 
 
 def generator(seed: int | None) -> np.random.Generator:
@@ -61,7 +66,7 @@ def generator(seed: int | None) -> np.random.Generator:
 
 def _sample(logits: Logits, setting: Sampling, source: np.random.Generator) -> int:
     """Temperature, then the top k, then the smallest set with probability top p (nucleus sampling)."""
-    candidates = np.flatnonzero(logits > _NEGLIGIBLE * setting.temperature)
+    candidates = np.flatnonzero(logits > logits.max() + _NEGLIGIBLE * setting.temperature)
     count = len(candidates)
     keep = min(setting.top_k or count, count)
     if keep < count:
