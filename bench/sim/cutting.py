@@ -2,10 +2,10 @@
 
     python -m bench.sim.cutting --learn DIR --judge DIR [--models NAME,...] [--seeds 6]
 
-The first model is the best by the router learned offline; the second best follows where nothing can be read or the first
-was cut off. Live tables (`shared.learn.live_patience`) come from `--answers` answers of the models asked evenly, of which
-one in five is judged; *recorded* limits from all outcomes of `--learn` (`shared.learn.patience`). Energy is in score: a
-mean answer of the model with the most parameters costs `--price`.
+The first model is the best by the router learned offline; the second best follows where nothing can be read or the
+first was cut off. Live tables (`shared.learn.live_patience`) come from `--answers` answers of the models asked evenly,
+of which one in five is judged; *recorded* limits from all outcomes of `--learn` (`shared.learn.patience`). Energy is in
+score: a mean answer of the model with the most parameters costs `--price`.
 """
 
 from __future__ import annotations
