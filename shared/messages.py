@@ -318,6 +318,8 @@ class Profile(_Internal, frozen=True, kw_only=True):
 
     embedding: bytes = b""
     """Sentence embedding: little-endian float32 of unit length (384 values for MiniLM)."""
+    form: bytes = b""
+    """Plain facts about its text (`shared.learn.features.FORM`), little-endian float16."""
     domains: dict[str, float] = {}
     """Probability by domain; sums to 1."""
     affinity: dict[str, float] = {}
@@ -373,6 +375,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     flip: str = ""
     """What would have turned the choice to the runner-up."""
     weights: dict[str, float] = {}
+    patience: dict[str, int] = {}
+    """By card: output tokens after which its answer is cut off, where another card may be asked then."""
     propensity: float = 1.0
     """Probability with which the policy took this choice."""
     knowledge_version: int = 0
@@ -382,7 +386,9 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """Of the learned lengths of answers; 0 when means stood for them."""
     objectives_version: int = 0
     embedding: bytes = b""
-    """The query's sentence embedding, little-endian float16: what its judgement is learned with."""
+    """The query's sentence embedding, little-endian float16: what its judgement is learned with,"""
+    form: bytes = b""
+    """along with the facts about its text that its profile has."""
     domains: dict[str, float] = {}
     decided_at: float = 0.0
     decided_in_s: float = 0.0

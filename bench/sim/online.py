@@ -2,14 +2,14 @@
 
     python -m bench.sim.online --learn DIR --judge DIR [--queries 3000] [--feedback 0.2] [--seeds 10] [--json FILE]
 
-Queries come from `--learn` in random order; nothing of them is known beforehand but the scale of plain facts about
-their texts. Topics are made from the texts of the queries seen so far, and made anew as more have come. Accuracy at a
-mark is that of the best guess at that time on all of `--judge`; regret is against the router that learned offline from
-everything in `--learn`, on the queries as they came. Bands are two standard errors.
+Queries come from `--learn` in random order; nothing of them is known beforehand. `calm` is what the running system
+learns with (`shared.learn.live`): topics are made from the queries seen so far, and made anew as more have come.
+Accuracy at a mark is that of the best guess at that time on all of `--judge`; regret is against the router that learned
+offline from everything in `--learn`, on the queries as they came. Bands are two standard errors.
 
-`calm` also sees, as a running system does, whether an answer could be read at all: of every answer, judged or not
-(where the outcomes say it). `calm, judged only` sees nothing but the chosen model's outcome on the judged share.
-`calm, cards` begins at what the models' cards promise (`quality` in the fleet file), where all promise something.
+`calm` also sees, as a running system does, whether an answer could be read at all and how long it is: of every answer,
+judged or not (where the outcomes say it). `calm, judged only` sees nothing but the chosen model's outcome on the judged
+share. `calm, cards` begins at what the cards promise (`quality` in the fleet file), where all promise something.
 """
 
 from __future__ import annotations
@@ -30,18 +30,15 @@ from bench.sim.embed import embed
 from services.simulator import fleet as fleets
 from shared.errors import CalmError
 from shared.learn import bandit, features
-from shared.learn.quality import BEGIN, Outcome, QualityModel
+from shared.learn.live import Learner as Live
+from shared.learn.live import first_quality
+from shared.learn.quality import QualityModel
 from shared.learn.readable import ReadableQuality
-from shared.learn.topics import Topics, clusters
 
 Array = NDArray[Any]
 MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
 
 
-TOPICS_AT = (40, 200, 1000)
-"""Queries seen when topics are made (anew)."""
-COARSE = 4
-"""Topics by what queries are about, beside those by form."""
 DUEL = 0.5
 """Share of choices that go to a challenger."""
 
@@ -50,8 +47,8 @@ class Learner(Protocol):
     def choose(self, row: int) -> int:
         """The model for the query of this row of the folder learned from."""
 
-    def heard(self, row: int, model: int, readable: bool) -> None:
-        """An answer came, and whether it could be read. Told of every answer where the outcomes say it."""
+    def heard(self, row: int, model: int, readable: bool, tokens: int) -> None:
+        """An answer came: whether it could be read, and its length. Told of every answer where the outcomes say it."""
 
     def observe(self, row: int, model: int, score: float) -> None:
         """An answer was judged."""
@@ -61,15 +58,14 @@ class Learner(Protocol):
 
 
 class Deaf:
-    """Makes nothing of whether an answer could be read."""
+    """Makes nothing of an answer that is not judged."""
 
-    def heard(self, row: int, model: int, readable: bool) -> None:
+    def heard(self, row: int, model: int, readable: bool, tokens: int) -> None:
         pass
 
 
 class Calm:
-    """Ours: top-two Thompson sampling over hierarchical regressions on clusters of the queries seen, by what they are
-    about and by the form of their text."""
+    """Ours: what the running system learns with (`shared.learn.live`), and top-two Thompson sampling over it."""
 
     def __init__(
         self,
@@ -81,55 +77,47 @@ class Calm:
         hears: bool,
         promised: Array | None = None,
     ) -> None:
-        """`hears`: learn from whether answers could be read; `promised` [k]: by the cards, for a readable answer."""
-        self._x, self._judge, self._rng = x, judge, rng
-        self._promised = np.zeros(len(models)) if promised is None else promised
-        topics = clusters(np.zeros((1, x.shape[1])), 1)  # levels alone, until there are queries to make topics from
-        self._model: QualityModel | ReadableQuality = (
-            ReadableQuality.start(models, topics) if hears else QualityModel(models, topics, prior=BEGIN)
-        )
-        self._seen: list[int] = []
-        self._judged: list[Outcome] = []
-        self._heard: list[Outcome] = []
-        self._unread: set[int] = set()
+        """`hears`: learn from signs of answers; `promised` [k]: by the cards, for a readable answer."""
+        self._x, self._judge, self._rng, self._hears = x, judge, rng, hears
+        self._names = models
+        self._learner = Live(models)
+        self._column = [self._learner.cards.index(model) for model in models]
+        self._promised = np.zeros(len(models))
+        if promised is not None:
+            self._promised[self._column] = promised
+        self._asked = 0
 
     def choose(self, row: int) -> int:
-        self._seen.append(row)
-        if len(self._seen) in TOPICS_AT:
-            self._retopic(clusters(self._x[self._seen], COARSE, form=len(features.FORM)))
-        normal = self._rng.standard_normal(bandit.shape_of(self._model))
-        chances = bandit.distribution(self._model, self._x[row], normal, prior=self._promised, duel=DUEL)
-        return bandit.choose(chances, self._rng.random()).model
+        self._asked += 1
+        if (first := self._learner.seen(self._x[row])) is not None:
+            self._learner.begin(first_quality(self._learner.cards, first, len(features.FORM)))
+        model = self._known()
+        if model is None:  # too few queries to make topics from: any of the models
+            return int(self._rng.integers(len(self._names)))
+        normal = self._rng.standard_normal(bandit.shape_of(model))
+        chances = bandit.distribution(model, self._x[row], normal, prior=self._promised, duel=DUEL)
+        return self._column.index(bandit.choose(chances, self._rng.random()).model)
 
-    def heard(self, row: int, model: int, readable: bool) -> None:
-        if isinstance(self._model, ReadableQuality):
-            self._model.heard(self._x[row], model, readable)
-            self._heard.append((self._x[row], model, float(readable) - 1.0, 1.0))
-            if not readable:
-                self._unread.add(len(self._seen))
+    def heard(self, row: int, model: int, readable: bool, tokens: int) -> None:
+        if self._hears:
+            self._learner.heard(self._names[model], self._x[row], readable, str(self._asked), tokens)
 
     def observe(self, row: int, model: int, score: float) -> None:
-        over = score - float(self._promised[model])
-        if isinstance(self._model, QualityModel):
-            self._model.update(self._x[row], model, over)
-        elif len(self._seen) in self._unread:
-            return
-        else:
-            self._model.judged(self._x[row], model, over)
-        self._judged.append((self._x[row], model, over, 1.0))
+        promised = float(self._promised[self._column[model]])
+        self._learner.judged(self._names[model], self._x[row], promised, score, str(self._asked))
 
     def best(self) -> Array:
-        promised = np.tile(self._promised, (len(self._judge), 1))
-        return np.asarray(self._model.predict(self._judge, promised).mean.argmax(1))
+        model = self._known()
+        if model is None:
+            return self._rng.integers(len(self._names), size=len(self._judge))
+        said = model.predict(self._judge, np.tile(self._promised, (len(self._judge), 1))).mean
+        return np.asarray(said[:, self._column].argmax(1))
 
-    def _retopic(self, topics: Topics) -> None:
-        if isinstance(self._model, QualityModel):
-            self._model = self._model.with_topics(topics, self._judged)
-        else:
-            self._model = ReadableQuality(
-                self._model.readable.with_topics(topics, self._heard),
-                self._model.worth.with_topics(topics, self._judged),
-            )
+    def _known(self) -> bandit.Quality | None:
+        quality, readable = self._learner.quality, self._learner.readable
+        if quality is None or readable is None or not self._hears:
+            return quality
+        return ReadableQuality(readable, quality)
 
 
 class LinUcb(Deaf):
@@ -190,6 +178,7 @@ def run(
     feedback: float,
     rng: np.random.Generator,
     answered: Array | None = None,
+    tokens: Array | None = None,
 ) -> tuple[dict[int, float], Array, Array]:
     """Accuracy on `judge` at the marks, the scores got [queries], and the rows asked [queries]."""
     rows = np.concatenate([rng.permutation(len(score)) for _ in range(-(-queries // len(score)))])[:queries]
@@ -199,7 +188,8 @@ def run(
         model = learner.choose(row)
         got[t] = score[row, model]
         if answered is not None:
-            learner.heard(row, model, bool(answered[row, model]))
+            length = 0 if tokens is None else int(np.nan_to_num(tokens[row, model]))
+            learner.heard(row, model, bool(answered[row, model]), length)
         if rng.random() < feedback:
             learner.observe(row, model, float(score[row, model]))
         if t + 1 in MARKS or t + 1 == queries:
@@ -213,6 +203,7 @@ def compare(
     """All learners over all seeds; `promised` [k] by the models' cards."""
     e_learn, e_judge = embed(learn.prompts), embed(judge.prompts)
     x, wanted = learned.features(e_learn, learn, learn), learned.features(e_judge, judge, learn)
+    seen, asked_of = (np.hstack([e, features.forms(side.prompts)]) for e, side in ((e_learn, learn), (e_judge, judge)))
     score, truth = np.nan_to_num(learn.score).astype(float), np.nan_to_num(judge.score).astype(float)
     offline, own = QualityModel.fit(learn.models, x, learn.score.astype(np.float64), learn.categories)
     rows = np.arange(len(judge))
@@ -221,14 +212,14 @@ def compare(
     k = len(learn.models)
     hears = learn.answered is not None
     makers: dict[str, Callable[[np.random.Generator], Learner]] = {
-        "calm": lambda rng: Calm(learn.models, x, wanted, rng, hears=hears),
-        "calm, judged only": lambda rng: Calm(learn.models, x, wanted, rng, hears=False),
+        "calm": lambda rng: Calm(learn.models, seen, asked_of, rng, hears=hears),
+        "calm, judged only": lambda rng: Calm(learn.models, seen, asked_of, rng, hears=False),
         "linucb": lambda _: LinUcb(learn.models, e_learn, e_judge),
         "ucb on levels": lambda _: Levels(k, len(judge)),
         "random": lambda rng: Blind(k, len(judge), rng),
     }
     if promised is not None:
-        makers["calm, cards"] = lambda rng: Calm(learn.models, x, wanted, rng, hears=hears, promised=promised)
+        makers["calm, cards"] = lambda rng: Calm(learn.models, seen, asked_of, rng, hears=hears, promised=promised)
     policies: dict[str, Any] = {}
     for name, make in makers.items():
         accuracy: list[dict[int, float]] = []
@@ -236,7 +227,7 @@ def compare(
         for seed in range(seeds):
             print(f"\r{name}: seed {seed + 1} of {seeds}   ", end="", file=sys.stderr, flush=True)
             rng = np.random.default_rng(seed)
-            at, got, asked = run(make(rng), score, truth, queries, feedback, rng, learn.answered)
+            at, got, asked = run(make(rng), score, truth, queries, feedback, rng, learn.answered, learn.tokens_out)
             accuracy.append(at)
             lost = np.cumsum(reached[asked] - got)
             regrets.append([float(lost[mark - 1]) for mark in at])

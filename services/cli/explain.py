@@ -56,6 +56,9 @@ def _route(route: m.Route) -> list[str]:
     ]
     if route.flip:
         lines.append(f"  {route.flip}")
+    if route.patience:
+        told = ", ".join(f"{card} after {tokens}" for card, tokens in route.patience.items())
+        lines.append(f"  cut off, where another card may be asked then: {told} tokens")
     lines += ["", f"  {'card':22}{'artifact':24}{'utility':>8}{'quality':>9}{'latency':>10}{'energy':>9}"]
     order = {card: rank for rank, card in enumerate(route.order)}
     for c in sorted(route.candidates, key=lambda c: order.get(c.card, 999)):

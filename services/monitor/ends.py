@@ -13,19 +13,20 @@ OPEN = 2_000
 
 
 class Ends:
-    """Tells `on_answered` of every query that has been answered, with the embedding that its decision holds."""
+    """Tells `on_answered` of every query that has been answered, with the embedding that its decision holds and the
+    facts about its text."""
 
-    def __init__(self, on_answered: Callable[[m.Done, bytes], None]) -> None:
+    def __init__(self, on_answered: Callable[[m.Done, bytes, bytes], None]) -> None:
         self._on_answered = on_answered
-        self._open: OrderedDict[str, bytes] = OrderedDict()
+        self._open: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
         self._done: OrderedDict[str, m.Done] = OrderedDict()
 
     def on_route(self, route: m.Route) -> None:
         """A query was routed."""
         if (done := self._done.pop(route.query_id, None)) is not None:
-            self._tell(done, route.embedding)
+            self._tell(done, (route.embedding, route.form))
         elif route.embedding:
-            put(self._open, route.query_id, route.embedding, OPEN)
+            put(self._open, route.query_id, (route.embedding, route.form), OPEN)
 
     def on_done(self, done: m.Done) -> None:
         """A query has ended."""
@@ -37,6 +38,6 @@ class Ends:
         else:
             self._tell(done, features)
 
-    def _tell(self, done: m.Done, features: bytes) -> None:
-        if features:
-            self._on_answered(done, features)
+    def _tell(self, done: m.Done, features: tuple[bytes, bytes]) -> None:
+        if features[0]:
+            self._on_answered(done, *features)

@@ -14,7 +14,7 @@ from shared import messages as m
 from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
-from shared.learn.live import embedding
+from shared.learn.kept import embedding
 from shared.learn.live_length import Lengths, first_lengths
 from shared.tasks import end, in_background
 from shared.unread import taken

@@ -137,9 +137,9 @@ class Base:
         self._trust.on_done(done)
         self._ends.on_done(done)
 
-    def _on_answered(self, done: m.Done, features: bytes) -> None:
-        self._lengths.on_answered(done, features)
-        self._trust.on_answered(done, features)
+    def _on_answered(self, done: m.Done, embedding: bytes, form: bytes) -> None:
+        self._lengths.on_answered(done, embedding)
+        self._trust.on_answered(done, embedding, form)
 
     def _on_route(self, route: m.Route) -> None:
         self._trust.on_route(route)

@@ -7,7 +7,7 @@ from typing import Literal
 from shared import messages as m
 from shared import subjects
 from shared.bus import Bus
-from shared.learn.live import pieces
+from shared.learn.kept import pieces
 
 PIECE_BYTES = 512 * 1024
 """Learned parameters travel in pieces of this size, below NATS's default payload limit of 1 MiB."""

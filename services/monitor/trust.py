@@ -1,5 +1,4 @@
-"""What judgements teach, and what can be read: learned quality and how far each card is trusted; told to planners, kept
-across restarts."""
+"""What judgements and signs teach: learned quality and how far each card is trusted; told to planners, kept."""
 
 from __future__ import annotations
 
@@ -22,7 +21,9 @@ from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
 from shared.learn import standing
-from shared.learn.live import Array, Learner, embedding, first_quality
+from shared.learn.features import FORM, joined
+from shared.learn.kept import embedding
+from shared.learn.live import Array, Learner, first_quality
 from shared.learn.standing import Standing
 from shared.tasks import end, in_background
 from shared.unread import taken
@@ -54,8 +55,7 @@ class Trust:
         self._log = log
         self._routes: OrderedDict[str, m.Route] = OrderedDict()
         self._judged: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()
-        """Answers that could not be read, by query and card."""
+        self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()  # answers, by query and card
         self._learner = Learner(())
         self._standings: dict[str, Standing] = {}
         self._reasons: dict[str, tuple[str, float]] = {}
@@ -67,9 +67,8 @@ class Trust:
         self._awaited: dict[str, asyncio.Event] = {}
         self._judging: set[asyncio.Task[None]] = set()
         self._signals = Signals()
-        self._stored_at = clock()
+        self._stored_at = self._outcomes_at = clock()
         self._stored_version = 0
-        self._outcomes_at = clock()
         self._task: asyncio.Task[None] | None = None
         self._beginning: asyncio.Task[None] | None = None
 
@@ -79,8 +78,7 @@ class Trust:
 
     @property
     def standings(self) -> dict[str, Standing]:
-        """By card; a card without judgements is absent."""
-        return self._standings
+        return self._standings  # a card without judgements is absent
 
     async def start(self) -> None:
         """Take up what was stored last, tell it, and go on."""
@@ -120,40 +118,41 @@ class Trust:
             self._keep(outcomes=True)
 
     def use(self, cards: list[str]) -> None:
-        """The fleet's cards."""
         if cards:
             self._learner.use(cards)
 
     # --- what happened ---
 
     def on_route(self, route: m.Route) -> None:
-        """A query was routed."""
         put(self._routes, route.query_id, route, ROUTES)
         if (awaited := self._awaited.get(route.query_id)) is not None:
             awaited.set()
-        if route.embedding and (first := self._learner.seen(embedding(route.embedding))) is not None:
-            self._beginning = asyncio.create_task(self._begin(first))
+        x = joined(embedding(route.embedding), route.form)
+        if route.embedding and (first := self._learner.seen(x)) is not None:
+            self._beginning = asyncio.create_task(self._begin(first, len(FORM) if route.form else 0))
         self._symptoms += self._signals.routed(route, self._clock())
 
-    async def _begin(self, first: Array) -> None:
-        """Make the topics."""
+    async def _begin(self, first: Array, form: int) -> None:
+        """Make the topics from features [n, d], of which the last `form` are facts about texts."""
         cards = self._learner.cards
-        self._learner.begin(await in_background(lambda: first_quality(cards, first)))
+        self._learner.begin(await in_background(lambda: first_quality(cards, first, form)))
         self._fresh = True
 
     def on_done(self, done: m.Done) -> None:
         """A query has ended."""
         self._symptoms += self._signals.ended(done, self._routes.get(done.query_id), self._clock())
 
-    def on_answered(self, done: m.Done, features: bytes) -> None:
-        """A query has been answered; `features` is its embedding. Learn which of its answers could be read."""
-        for card, _, _, readable in taken(done):
+    def on_answered(self, done: m.Done, about: bytes, form: bytes) -> None:
+        """A query with this embedding and these facts about its text has been answered: learn signs of its answers."""
+        limits = self._routes[done.query_id].patience if done.query_id in self._routes else {}
+        for card, tokens, _, readable in taken(done):
             if readable is None:
                 continue
             if not readable:
                 put(self._unread, (done.query_id, card), None, ROUTES)
             if self._standings.get(card, Standing()).state == "healthy":
-                self._heard |= self._learner.heard(card, embedding(features), readable, done.query_id)
+                x = joined(embedding(about), form)
+                self._heard |= self._learner.heard(card, x, readable, done.query_id, tokens, limited=card in limits)
 
     def on_judged(self, query_id: str, card: str, score: float) -> None:
         """An answer was judged, by a person or a golden probe. Taken in as soon as its decision is at hand."""
@@ -176,10 +175,10 @@ class Trust:
         candidate = next((c for c in route.candidates if c.card == card), None) if route is not None else None
         if route is None or candidate is None:
             return  # decided before this version, or the decision has been forgotten: nothing to compare with
-        self.judge(card, score, candidate, route.embedding, query_id, readable=readable)
+        self.judge(card, score, candidate, joined(embedding(route.embedding), route.form), query_id, readable=readable)
 
     async def _stored(self, query_id: str, card: str) -> tuple[m.Route | None, bool]:
-        """The decision on record, and whether the card's answer could be read, as far as that is known."""
+        """The decision on record, and whether the card's answer could be read as far as that is known."""
         record = await reads.query(self._store, query_id)
         if record is None:
             return None, True
@@ -195,7 +194,7 @@ class Trust:
         self._awaited.pop(query_id, None)
 
     def judge(
-        self, card: str, score: float, candidate: m.Candidate, features: bytes, query_id: str = "", *,
+        self, card: str, score: float, candidate: m.Candidate, x: Array, query_id: str = "", *,
         readable: bool = True,
     ) -> None:  # fmt: skip
         """Learn from a judgement, and compare it with what had been predicted. A second judgement of an answer takes
@@ -208,7 +207,7 @@ class Trust:
             after, event = standing.judged(before, predicted, score)
         self._standings[card] = after
         if after.state == "healthy" and self._learner.judged(
-            card, embedding(features), candidate.terms.get("prior", candidate.quality), score, query_id,
+            card, x, candidate.terms.get("prior", candidate.quality), score, query_id,
             readable=readable,
         ):  # fmt: skip
             self._fresh = True

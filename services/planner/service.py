@@ -17,7 +17,7 @@ from services.planner.placement import Placement
 from shared import codec, subjects
 from shared import messages as m
 from shared.errors import DeadlineExpired
-from shared.learn.live import compact
+from shared.learn.kept import compact
 from shared.puller import Puller
 from shared.runtime import Context
 
@@ -137,6 +137,7 @@ class Planner:
             decided_in_s=time.perf_counter() - began,
             objectives_version=self._control.version,
             embedding=compact(analyzed.profile.embedding),
+            form=analyzed.profile.form,
         )
         decision = f"{accepted.query_id}-route"
         if route.order:
@@ -175,4 +176,4 @@ class Planner:
 
 def _to_carry_out(route: m.Route) -> m.Route:
     """What executor and engine need of a decision; they carry it with the query through two more queues."""
-    return msgspec.structs.replace(route, candidates=[], weights={}, domains={}, embedding=b"", flip="")
+    return msgspec.structs.replace(route, candidates=[], weights={}, domains={}, embedding=b"", form=b"", flip="")

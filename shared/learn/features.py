@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,3 +70,13 @@ def form(prompt: str) -> Floats:
 def forms(prompts: Sequence[str]) -> Floats:
     """`form` of each prompt: [n, len(FORM)]."""
     return np.stack([form(prompt) for prompt in prompts]) if prompts else np.zeros((0, len(FORM)), np.float32)
+
+
+def packed(prompt: str) -> bytes:
+    """`form` as messages carry it: little-endian float16."""
+    return form(prompt).astype("<f2").tobytes()
+
+
+def joined(embedding: NDArray[Any], facts: bytes) -> NDArray[np.float64]:
+    """[d + len(FORM)]: an embedding [d] with the facts that `packed` gave beside it; alone where there are none."""
+    return np.concatenate([embedding, np.frombuffer(facts, "<f2")]).astype(np.float64)

@@ -68,6 +68,16 @@ class Sums:
         self.yy[model] += weight * y * y
         self.count[model] += weight
 
+    def add_rows(self, z: NDArray[Any], model: NDArray[Any], y: NDArray[Any], weight: NDArray[Any]) -> None:
+        """Outcomes of one model each: z [n, p], indices of models [n], y [n], weights [n]."""
+        for index in np.unique(model):
+            rows = model == index
+            weighted = weight[rows, None] * z[rows]
+            self.zz[index] += weighted.T @ z[rows]
+            self.zy[index] += weighted.T @ y[rows]
+        np.add.at(self.yy, model, weight * y * y)
+        np.add.at(self.count, model, weight)
+
     def add_all(self, z: NDArray[Any], y: NDArray[Any], weight: float = 1.0) -> None:
         """Many outcomes: z [n, p], y [n, k] with NaN where a model was not asked."""
         known = ~np.isnan(y)

@@ -6,9 +6,12 @@ are clusters of the first `START` queries' embeddings, so nothing is learned bef
 anew when `RENEW` have been: with them the outcomes kept are learned again. The latest `KEPT` outcomes are kept, by
 query and card, so that a second judgement of an answer takes the place of the first.
 
-Of answers that something was expected of, it is learned how often they can be read, from all of them, judged or not
-(`readable`): what such a query may expect of a card is that chance times the quality, which judgements of readable
-answers teach. A judgement of an unreadable answer teaches nothing further: such an answer is worth nothing.
+Of answers that something was expected of, the sign is learned (`signs`: can they be read, and how long are they), from
+all of them, judged or not: what such a query may expect of a card is the expected sign times the quality, which
+judgements of readable answers teach. A judgement of an unreadable answer teaches nothing further: it is worth nothing.
+Every `RESIGN` judgements signs are learned anew, and as long as all answers are kept what follows from them too.
+
+Features of a query are its embedding and plain facts about its text (`features.joined`), or an embedding alone.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ from numpy.typing import NDArray
 
 from shared.bounded import put
 from shared.learn import arrays
+from shared.learn.kept import Heard, Kept, decoded, embedding, encoded, learned_signs, learned_tables
+from shared.learn.live_patience import Table
 from shared.learn.quality import Outcome, QualityModel
-from shared.learn.readable import READABLE, ReadableQuality
+from shared.learn.readable import READABLE, ReadableQuality, beyond
+from shared.learn.signs import Signs
+from shared.learn.topics import NESTED
 
 Array = NDArray[Any]
 START = 40
@@ -33,31 +40,11 @@ RENEW = (200, 1000)
 """Queries that must have been seen, since the start or a restart, for topics to be made anew from them."""
 KEPT = 2000
 """Judgements, and as many readings, about 0.8 kB each."""
-VERSION = "learner.v1"
-
-
-class Kept(msgspec.Struct):
-    """One judgement that was learned from."""
-
-    x: bytes
-    """Embedding, float16."""
-    prior: float
-    score: float
-    weight: float = 1.0
-    """What it counts by now."""
-
-    @property
-    def embedding(self) -> Array:
-        return embedding(self.x)
-
-
-class Heard(msgspec.Struct):
-    """Whether one answer could be read."""
-
-    x: bytes
-    """Embedding, float16."""
-    readable: bool
-    weight: float = 1.0
+RESIGN = 100
+"""Judgements between two times that signs are learned."""
+TOPICS = 4
+"""By what queries are about, beside those by form (`topics.KINDS`) where facts about the text are known."""
+VERSION = "learner.v2"
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -70,6 +57,8 @@ class _Stored(msgspec.Struct, frozen=True):
     topics_version: int = 0
     readable: bytes = b""
     readings: int = 0
+    signs: Signs = Signs()
+    patience: dict[str, Table] = {}
 
 
 class Learner:
@@ -84,11 +73,15 @@ class Learner:
         self.quality: QualityModel | None = None
         """Of answers that can be read, and of those that nothing was expected of."""
         self.readable: QualityModel | None = None
-        """Chance that an answer can be read, less 1; there whenever `quality` is."""
+        """Sign of an answer, less 1; there whenever `quality` is."""
         self.topics_from = 0
         """Queries that the present topics were made from."""
         self.topics_version = 0
         """How often topics were made."""
+        self.signs = Signs()
+        self.patience: dict[str, Table] = {}
+        """What cutting off the answers of a card would gain, where that is known."""
+        self._resigned = 0
         self._recent: deque[Array] = deque(maxlen=RENEW[-1])
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
         self._heard: OrderedDict[tuple[str, str], Heard] = OrderedDict()
@@ -112,23 +105,18 @@ class Learner:
 
     def begin(self, quality: QualityModel) -> None:
         """Learn from now on with these topics; what is kept is learned again."""
-        prior = self.quality.prior if self.quality is not None else quality.prior
         self.topics_version += 1
-        believed = self.quality.believed if self.quality is not None else None
-        fresh = QualityModel(self.cards, quality.topics, prior=prior, believed=believed)
-        width = len(quality.topics.centre)
-        self.quality = fresh.with_topics(quality.topics, self._outcomes(width))
-        prior = self.readable.prior if self.readable is not None else READABLE
-        fresh = QualityModel(self.cards, quality.topics, prior=prior, believed=READABLE)
-        self.readable = fresh.with_topics(quality.topics, self._readings(width))
+        self._relearn(quality)
 
-    def heard(self, card: str, x: Array, readable: bool, query_id: str) -> bool:
-        """Whether a card's answer to a query could be read, once for each. False when it teaches nothing yet: before
-        there are topics it is kept for them."""
+    def heard(
+        self, card: str, x: Array, readable: bool, query_id: str, tokens: int = 0, *, limited: bool = False
+    ) -> bool:
+        """Whether a card's answer to a query could be read, how long it is (0: not known), and whether it was `limited`
+        (`live_patience`), once for each. False when it teaches nothing yet: before there are topics it is kept."""
         key = query_id, card
         if card not in self.cards or key in self._heard or not len(x):
             return False
-        heard = Heard(np.asarray(x, "<f2").tobytes(), readable)
+        heard = Heard(np.asarray(x, "<f2").tobytes(), readable, tokens=tokens, limited=limited)
         put(self._heard, key, heard, KEPT)
         self.readings += 1
         if not readable and (before := self._kept.pop(key, None)) is not None:  # judged before this was known
@@ -136,29 +124,41 @@ class Learner:
             self.judgements -= 1
         if self.quality is None or self.readable is None or len(x) != len(self.quality.topics.centre):
             return False
-        both = ReadableQuality(self.readable, self.quality)
-        both.heard(embedding(heard.x), self.cards.index(card), readable)
+        sign = self.signs.of(card, tokens, readable=readable)
+        ReadableQuality(self.readable, self.quality).heard(embedding(heard.x), self.cards.index(card), sign)
         return True
 
     def judged(
         self, card: str, x: Array, prior: float, score: float, query_id: str = "", *, readable: bool = True
     ) -> bool:
         """One judgement (0 to 1) of an answer; `prior` is what the card promised for the query. False when it could
-        not be learned from, or teaches nothing since the answer was not `readable`. A further judgement of this card's
-        answer to `query_id` takes the place of the last."""
-        if self.quality is None or card not in self.cards or len(x) != len(self.quality.topics.centre):
+        not be learned from yet (before there are topics it is kept for them), or teaches nothing since the answer was
+        not `readable`. A further judgement of this card's answer to `query_id` takes the place of the last."""
+        if card not in self.cards or not len(x):
             return False
-        known = self._heard.get((query_id, card)) if query_id else None
-        if not readable or (known is not None and not known.readable):
+        heard = self._heard.get((query_id, card)) if query_id else None
+        if not readable or (heard is not None and not heard.readable):
             return False
-        index, before = self.cards.index(card), self._kept.pop((query_id, card), None)
+        kept = Kept(np.asarray(x, "<f2").tobytes(), prior, score)
+        if self.quality is None or self.readable is None:
+            if query_id and not self.knows(query_id, card):
+                self.judgements += 1
+            if query_id:
+                put(self._kept, (query_id, card), kept, KEPT)
+            return False
+        if len(x) != len(self.quality.topics.centre):
+            return False
+        before = self._kept.pop((query_id, card), None)
         if before is not None:
             self._withdraw(card, before)
-        kept = Kept(np.asarray(x, "<f2").tobytes(), prior, score)
-        self.quality.update(kept.embedding, index, score, prior)
+        kept.sign = self.signs.of(card, heard.tokens if heard is not None else 0)
+        both = ReadableQuality(self.readable, self.quality)
+        both.judged(kept.embedding, self.cards.index(card), score, prior, kept.sign)
         self.judgements += before is None
         if query_id:
             put(self._kept, (query_id, card), kept, KEPT)
+        if self.judgements >= self._resigned + RESIGN:
+            self._resign()
         return True
 
     def knows(self, query_id: str, card: str) -> bool:
@@ -192,27 +192,19 @@ class Learner:
 
     def outcomes_to_bytes(self) -> bytes:
         """What is kept, for the knowledge base: up to 2 MB, which planners do not need."""
-        return msgspec.msgpack.encode([(query_id, card, kept) for (query_id, card), kept in self._kept.items()])
+        return encoded(self._kept)
 
     def take_outcomes(self, data: bytes) -> None:
         """Take up what was kept. Raises ValueError when these bytes are not outcomes."""
-        try:
-            kept = msgspec.msgpack.decode(data, type=list[tuple[str, str, Kept]])
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"no outcomes: {error}") from None
-        self._kept = OrderedDict(((query_id, card), one) for query_id, card, one in kept if card in self.cards)
+        self._kept = decoded(data, Kept, self.cards, "outcomes")
 
     def readings_to_bytes(self) -> bytes:
         """What is kept of readings, for the knowledge base: up to 2 MB, which planners do not need."""
-        return msgspec.msgpack.encode([(query_id, card, heard) for (query_id, card), heard in self._heard.items()])
+        return encoded(self._heard)
 
     def take_readings(self, data: bytes) -> None:
         """Take up what was kept of readings. Raises ValueError when these bytes are none."""
-        try:
-            heard = msgspec.msgpack.decode(data, type=list[tuple[str, str, Heard]])
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"no readings: {error}") from None
-        self._heard = OrderedDict(((query_id, card), one) for query_id, card, one in heard if card in self.cards)
+        self._heard = decoded(data, Heard, self.cards, "readings")
 
     def to_bytes(self) -> bytes:
         """For the knowledge base and for planners; without the outcomes kept."""
@@ -222,7 +214,7 @@ class Learner:
         return msgspec.msgpack.encode(
             _Stored(
                 VERSION, self.cards, self.judgements, started, quality, self.topics_from, self.topics_version, readable,
-                self.readings,
+                self.readings, self.signs, self.patience,
             )
         )  # fmt: skip
 
@@ -232,7 +224,8 @@ class Learner:
         stored = arrays.stored(data, _Stored, VERSION, "a learner")
         learner = cls(stored.cards)
         learner.judgements, learner.readings = stored.judgements, stored.readings
-        learner.topics_version = stored.topics_version
+        learner.topics_version, learner.signs = stored.topics_version, stored.signs
+        learner.patience, learner._resigned = stored.patience, stored.judgements
         learner._recent.extend(np.frombuffer(x, "<f4") for x in stored.started)
         if stored.quality:
             learner.quality = QualityModel.from_bytes(stored.quality)
@@ -244,39 +237,58 @@ class Learner:
             )
         return learner
 
+    def _relearn(self, topics: QualityModel) -> None:
+        """Everything that is kept, by the topics of this model, and signs first of all."""
+        self._relearn_signs()
+        width = len(topics.topics.centre)
+        old = self.quality
+        prior, believed = (topics.prior, None) if old is None else (old.prior, old.believed)
+        fresh = QualityModel(self.cards, topics.topics, prior=prior, believed=believed)
+        self.quality = fresh.with_topics(topics.topics, self._outcomes(width))
+        prior = self.readable.prior if self.readable is not None else READABLE
+        fresh = QualityModel(self.cards, topics.topics, prior=prior, believed=READABLE)
+        self.readable = fresh.with_topics(topics.topics, self._readings(width))
+
+    def _resign(self) -> None:
+        """Learn signs anew, and all that was learned with the old ones as long as all of it is kept."""
+        whole = self.readings == len(self._heard) and self.judgements == len(self._kept)
+        if whole and self.quality is not None:
+            self._relearn(self.quality)
+        else:
+            self._relearn_signs()
+
+    def _relearn_signs(self) -> None:
+        self.signs, self._resigned = learned_signs(self._heard, self._kept), self.judgements
+        self.patience = learned_tables(self._heard, self._kept)
+
     def _withdraw(self, card: str, kept: Kept) -> None:
         if self.quality is not None and len(kept.embedding) == len(self.quality.topics.centre):
-            self.quality.withdraw(kept.embedding, self.cards.index(card), kept.score, kept.prior, kept.weight)
+            over, weight = beyond(kept.score, kept.prior, kept.sign)
+            self.quality.withdraw(kept.embedding, self.cards.index(card), over, weight=weight * kept.weight)
 
     def _readings(self, width: int) -> list[Outcome]:
-        """The readings kept of the present cards, against a chance of 1."""
+        """The signs of the answers kept of the present cards, against the usual one."""
         index = {card: i for i, card in enumerate(self.cards)}
         rows = [(embedding(h.x), card, h) for (_, card), h in self._heard.items() if card in index]
-        return [(x, index[card], float(h.readable) - 1.0, h.weight) for x, card, h in rows if len(x) == width]
+        return [
+            (x, index[card], self.signs.of(card, h.tokens, readable=h.readable) - 1.0, h.weight)
+            for x, card, h in rows
+            if len(x) == width
+        ]
 
     def _outcomes(self, width: int) -> list[Outcome]:
         """What is kept of the present cards, for features of this width."""
-        index = {card: i for i, card in enumerate(self.cards)}
-        rows = [(kept.embedding, card, kept) for (_, card), kept in self._kept.items() if card in index]
-        return [(x, index[card], kept.score - kept.prior, kept.weight) for x, card, kept in rows if len(x) == width]
+        index, found = {card: i for i, card in enumerate(self.cards)}, []
+        for (query_id, card), kept in self._kept.items():
+            x, heard = kept.embedding, self._heard.get((query_id, card))
+            if card in index and len(x) == width:
+                kept.sign = self.signs.of(card, heard.tokens if heard is not None else 0)
+                over, weight = beyond(kept.score, kept.prior, kept.sign)
+                found.append((x, index[card], over, weight * kept.weight))
+        return found
 
 
-def first_quality(cards: Sequence[str], first: Array) -> QualityModel:
-    """A model that has learned nothing yet, with topics from queries' embeddings [n, d]. Tenths of a second of
-    computing."""
-    return QualityModel.start(cards, first)
-
-
-def pieces(data: bytes, size: int) -> list[bytes]:
-    """`data` in pieces of at most `size` bytes; at least one."""
-    return [data[i : i + size] for i in range(0, len(data), size)] or [b""]
-
-
-def embedding(data: bytes) -> Array:
-    """A sentence embedding as `Route.embedding` carries it: little-endian float16."""
-    return np.frombuffer(data, "<f2").astype(np.float64)
-
-
-def compact(profile_embedding: bytes) -> bytes:
-    """float32 to float16: half the bytes, and errors a hundred times below what tells two queries apart."""
-    return np.frombuffer(profile_embedding, "<f4").astype("<f2").tobytes()
+def first_quality(cards: Sequence[str], first: Array, form: int = 0) -> QualityModel:
+    """A model that has learned nothing yet, with topics from queries' features [n, d], of which the last `form` are
+    facts about the text. Tenths of a second of computing."""
+    return QualityModel.start(cards, first, TOPICS if form else NESTED, form=form)

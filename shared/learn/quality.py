@@ -85,9 +85,11 @@ class QualityModel:
         x: NDArray[Any],
         count: int | Sequence[int] = NESTED,
         prior: hierarchy.Prior = BEGIN,
+        *,
+        form: int = 0,
     ) -> QualityModel:
-        """Before any outcome: topics from the features [n, d] of queries alone."""
-        return cls(models, clusters(x, count), prior=prior)
+        """Before any outcome: topics from the features [n, d] of queries alone (`form`: see `topics.clusters`)."""
+        return cls(models, clusters(x, count, form=form), prior=prior)
 
     @classmethod
     def fit(
@@ -158,9 +160,9 @@ class QualityModel:
         """Of the standard normals that `sample` takes for so many draws."""
         return draws, len(self.models) + 1, self.topics.size
 
-    def update(self, x: NDArray[Any], model: int, score: float, prior: float = 0.0) -> None:
+    def update(self, x: NDArray[Any], model: int, score: float, prior: float = 0.0, weight: float = 1.0) -> None:
         """One outcome of the model with this index: x [d]."""
-        self._add(x, model, score - prior, 1.0)
+        self._add(x, model, score - prior, weight)
         self._since += 1
         if self._since >= REFIT_EVERY:
             self.prior = hierarchy.choose_prior(self.sums, self.prior, self.believed)
@@ -178,10 +180,13 @@ class QualityModel:
         self.posterior = hierarchy.solve(self.sums, self.prior)
 
     def with_topics(self, topics: Topics, outcomes: Iterable[Outcome]) -> QualityModel:
-        """The same models and prior over other topics, with what these outcomes say."""
+        """The same models and prior over other topics, with what these outcomes say and nothing else."""
         fresh = QualityModel(self.models, topics, prior=self.prior, believed=self.believed)
-        for x, model, over, weight in outcomes:
-            fresh._add(x, model, over, weight)
+        fresh._since = self._since
+        rows = list(outcomes)
+        if rows:
+            x, model, over, weight = (np.array(column) for column in zip(*rows, strict=True))
+            fresh.sums.add_rows(topics.encode(x), model, over, weight)
         fresh.posterior = hierarchy.solve(fresh.sums, fresh.prior)
         return fresh
 

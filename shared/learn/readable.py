@@ -1,6 +1,9 @@
-"""Quality in two parts: whether an answer can be read at all, and what it is worth if so.
+"""Quality in two parts: what is to be seen of an answer, and what it is worth beside that.
 
-    q(x, m) = P(readable | x, m) . E[score | readable, x, m]
+    q(x, m) = E[sign | x, m] . worth(x, m),      E[score | sign, x, m] = sign . worth(x, m)
+
+The sign (`signs`) is 0 for an answer that cannot be read; with signs of 0 and 1 alone this is P(readable | x, m) times
+E[score | readable, x, m].
 
 Whether an answer could be read is seen with every answer, judged or not, and an unreadable one is worth nothing. So the
 first factor is learned from all answers and the second from judgements of readable ones alone: where one answer in five
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 
 from shared.learn import hierarchy
 from shared.learn.quality import Prediction, QualityModel
+from shared.learn.signs import HIGHEST
 from shared.learn.topics import Topics
 
 Array = NDArray[np.float64]
@@ -42,18 +46,20 @@ class ReadableQuality:
         """Before any answer."""
         return cls(QualityModel(models, topics, prior=READABLE), QualityModel(models, topics, prior=WORTH))
 
-    def heard(self, x: NDArray[Any], model: int, readable: bool) -> None:
-        """An answer came: x [d]."""
-        self.readable.update(x, model, float(readable), 1.0)
+    def heard(self, x: NDArray[Any], model: int, sign: float) -> None:
+        """An answer came: x [d], and its sign (1 or 0 where only reading it is known)."""
+        self.readable.update(x, model, sign, 1.0)
 
-    def judged(self, x: NDArray[Any], model: int, score: float) -> None:
-        """A readable answer was judged. What cannot be read is worth nothing, which `heard` has been told."""
-        self.worth.update(x, model, score)
+    def judged(self, x: NDArray[Any], model: int, score: float, prior: float = 0.0, sign: float = 1.0) -> None:
+        """A readable answer was judged; `prior` is what the card promised for one of the usual sign. What cannot be
+        read is worth nothing, which `heard` has been told."""
+        over, weight = beyond(score, prior, sign)
+        self.worth.update(x, model, over, weight=weight)
 
     def predict(self, x: NDArray[Any], prior: NDArray[Any] | None = None) -> Prediction:
         """x [n, d]; `prior` [n, k] is what the cards promise for a readable answer, 0 when left out."""
         readable, worth = self.readable.predict(x, np.ones((len(x), len(self.models)))), self.worth.predict(x, prior)
-        first, second = np.clip(readable.mean, 0.0, 1.0), np.clip(worth.mean, 0.0, 1.0)
+        first, second = np.clip(readable.mean, 0.0, HIGHEST), np.clip(worth.mean, 0.0, 1.0)
         return Prediction(first * second, np.hypot(first * worth.std, second * readable.std))
 
     def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None) -> Array:
@@ -61,8 +67,14 @@ class ReadableQuality:
         half = len(normal) // 2
         readable = self.readable.sample(x, normal[:half], np.ones((len(x), len(self.models))))
         worth = self.worth.sample(x, normal[half:], prior)
-        return np.asarray(np.clip(readable, 0.0, 1.0) * np.clip(worth, 0.0, 1.0))
+        return np.asarray(np.clip(readable, 0.0, HIGHEST) * np.clip(worth, 0.0, 1.0))
 
     def shape(self, draws: int) -> tuple[int, int, int]:
         """Of the standard normals that `sample` takes for so many draws."""
         return 2 * draws, len(self.models) + 1, self.worth.topics.size
+
+
+def beyond(score: float, prior: float, sign: float) -> tuple[float, float]:
+    """The outcome that a judged answer is for what it is worth beside its sign, less the prior, and its weight: least
+    squares of score against sign . (prior + worth)."""
+    return score / sign - prior, sign * sign

@@ -34,6 +34,9 @@ with 4 and 8 by content alone; 3 by form gave 1.38 (12 to 16 seeds on each of ei
 SOFTNESS = 0.1
 """Temperature of clusters' shares, as a share of the mean squared distance to the nearest middle. Of 0.05,
 0.1 and 0.2 the best in the middle, by less than the noise (0.435, 0.442, 0.438, standard error 0.005)."""
+FAR = 5.0
+"""Standard deviations beyond which a fact about a text's form counts for no more when topics are made."""
+LEAST_DEVIATION = 1e-3
 TEMPERATURES = np.geomspace(0.03, 1.0, 16)
 _ROUNDS = 25
 
@@ -118,7 +121,8 @@ def supervised(x: NDArray[Any], categories: Sequence[str | None]) -> tuple[Topic
 
 def clusters(x: NDArray[Any], count: int | Sequence[int] = CLUSTERS, *, form: int = 0) -> Topics:
     """Topics that are clusters of the features [n, d]; several counts give several partitions side by side, and `form`,
-    how many of the last features are facts about the text's form (`features.FORM`), one by these alone beside them."""
+    how many of the last features are facts about the text's form (`features.FORM`), one by these alone beside them.
+    Where there are such, the others are by the features before them; facts count in standard deviations among x."""
     x = np.asarray(x, np.float64)
     centre = x.mean(0)
     y = x - centre
@@ -127,10 +131,14 @@ def clusters(x: NDArray[Any], count: int | Sequence[int] = CLUSTERS, *, form: in
         topics = Topics(centre, weights, level, temperature, np.zeros(len(level)))
     else:  # each with a temperature of its own, which goes into its weights
         counts = (count,) if isinstance(count, int) else count
-        found = [(weights / heat, level / heat) for weights, level, heat in (_partition(y, c) for c in counts)]
+        about = y[:, : y.shape[1] - form]
+        found = [(weights / heat, level / heat) for weights, level, heat in (_partition(about, c) for c in counts)]
         if form:
-            weights, level, heat = _partition(y[:, -form:], KINDS)
-            found.append((np.vstack([np.zeros((y.shape[1] - form, len(level))), weights / heat]), level / heat))
+            found = [(np.vstack([weights, np.zeros((form, weights.shape[1]))]), level) for weights, level in found]
+            scale = np.maximum(y[:, -form:].std(0), LEAST_DEVIATION)
+            weights, level, heat = _partition(np.clip(y[:, -form:] / scale, -FAR, FAR), KINDS)
+            weights = weights / scale[:, None] / heat
+            found.append((np.vstack([np.zeros((about.shape[1], len(level))), weights]), level / heat))
         parts = tuple(len(level) for _, level in found)
         level = np.concatenate([level for _, level in found])
         topics = Topics(centre, np.hstack([weights for weights, _ in found]), level, 1.0, np.zeros(len(level)), parts)

@@ -77,7 +77,9 @@ class Fleet:
         self.replies.append(codec.from_json(message.data, m.Answer | m.Failure))  # type: ignore[arg-type]
         self.ended.set()
 
-    async def ask(self, *, deadline_s: float = 20.0, **query: object) -> m.Answer:
+    async def ask(
+        self, *, deadline_s: float = 20.0, patience: dict[str, int] | None = None, **query: object
+    ) -> m.Answer:
         """Send a planned query through the executor; its one answer."""
         await self.bus.subscribe("calm.work.>", self.on_work)
         inbox = self.bus.nc.new_inbox()
@@ -87,7 +89,10 @@ class Fleet:
         accepted = m.Accepted(
             query=asked, query_id="q1", reply=inbox, deadline_at=now + deadline_s, stamps={"received": now}
         )
-        route = m.Route(query_id="q1", order=[c.name for c in CARDS], candidates=[], reason="best_utility", why="best")
+        route = m.Route(
+            query_id="q1", order=[c.name for c in CARDS], candidates=[], reason="best_utility", why="best",
+            patience=patience or {},
+        )  # fmt: skip
         await self.bus.publish(subjects.PLANNED, m.Planned(accepted=accepted, route=route), msg_id="q1-planned")
         async with asyncio.timeout(20):
             await self.ended.wait()
@@ -107,6 +112,15 @@ async def test_the_next_model_is_asked_when_nothing_can_be_read_and_the_end_tell
     assert done is not None
     assert done.attempt == 2
     assert [(one.card, one.text) for one in done.unread] == [("plain", "I cannot say.")]
+
+
+@pytest.mark.usefixtures("executor")
+async def test_an_attempt_that_another_may_follow_is_cut_off_where_the_route_says(bus: Bus) -> None:
+    """The last that may be asked is given all the tokens that the query allows."""
+    fleet = Fleet(bus, lambda work: "I cannot" if work.sampling.max_tokens == 20 else "The answer is (B).")
+    answer = await fleet.ask(retries=1, max_tokens=200, patience={"plain": 20, "other": 20})
+    assert answer.model == "other"
+    assert [work.sampling.max_tokens for work in fleet.works] == [20, 200]
 
 
 @pytest.mark.usefixtures("executor")

@@ -11,7 +11,8 @@ from services.monitor import trust
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
-from shared.learn.live import Learner, compact
+from shared.learn.kept import compact
+from shared.learn.live import Learner
 from shared.learn.standing import Standing
 from shared.settings import Settings
 from shared.views import ControlView

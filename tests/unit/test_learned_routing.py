@@ -15,7 +15,8 @@ from services.planner.decide import objectives, routing
 from services.planner.decide.learned import Learned
 from shared import messages as m
 from shared.errors import InvalidObjective
-from shared.learn.live import RENEW, START, Learner, first_quality, pieces
+from shared.learn.kept import pieces
+from shared.learn.live import RENEW, START, Learner, first_quality
 from tests import samples
 
 SPEC_A, SPEC_B = samples.spec("a-int8"), samples.spec("b-int8")

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from services.analyzer.decide.domains import DOMAINS
 from shared import messages as m
+from shared.learn import features
 
 Vectors = NDArray[np.float32]
 
 DOMAIN_TEMPERATURE = 0.08
 """Softness of the domain distribution over cosine similarities of a unit-length sentence embedding."""
+FORM_CHARS = 4_000
+"""Of a text are looked at for facts about its form: 0.07 ms for a question of 400 characters, 0.4 ms for so many."""
 NEAREST = 3
 """Exemplars of a card or domain that count: its best few, so that a broad card is not punished for breadth."""
 
@@ -103,6 +106,7 @@ def make_profile(
     longest = max(tokens_in.values(), default=len(text) // 4)
     return m.Profile(
         embedding=embedding.astype("<f4").tobytes(),
+        form=features.packed(text[:FORM_CHARS]),
         domains=by_domain,
         affinity=affinities(similar, known),
         tokens_in=tokens_in,

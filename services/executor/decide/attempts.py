@@ -10,10 +10,11 @@ NOT_WORTH_REPEATING = frozenset({"invalid_query", "prompt_too_large", "cancelled
 """Failures that another model would meet as well."""
 
 
-def sampling(query: m.Query, card: m.Card) -> m.Sampling:
-    """The query's settings where given, else the card's."""
+def sampling(query: m.Query, card: m.Card, limit: int | None = None) -> m.Sampling:
+    """The query's settings where given, else the card's; no more than `limit` tokens where there is one."""
+    most = card.max_tokens if query.max_tokens is None else query.max_tokens
     return m.Sampling(
-        max_tokens=card.max_tokens if query.max_tokens is None else query.max_tokens,
+        max_tokens=most if limit is None else min(most, limit),
         temperature=card.temperature if query.temperature is None else query.temperature,
         top_p=card.top_p if query.top_p is None else query.top_p,
         top_k=card.top_k if query.top_k is None else query.top_k,
@@ -58,6 +59,11 @@ def work(
     query = accepted.query
     before = {} if first_dispatched is None else {"first_dispatched": first_dispatched}
     allowed = retries if query.retries is None else query.retries
+    left = allowed if unread is None else max(0, allowed - len(unread.unread) - 1)
+    expect = query.expect if query.expect is not None else card.expect
+    # What is cut off cannot be read, as a rule: so only where that is looked at, and another card can be asked.
+    last = expect is None or not left or not any(name in cards for name in planned.route.order[rank + 1 :])
+    limit = None if last else planned.route.patience.get(card.name)
     return m.Work(
         query_id=accepted.query_id,
         attempt=attempt,
@@ -67,10 +73,10 @@ def work(
         adapter=card.adapter,
         prompt_lookup=card.prompt_lookup,
         messages=conversation(accepted.query, card),
-        sampling=sampling(accepted.query, card),
+        sampling=sampling(query, card, limit),
         planned=planned,
-        expect=query.expect if query.expect is not None else card.expect,
-        retries=allowed if unread is None else max(0, allowed - len(unread.unread) - 1),
+        expect=expect,
+        retries=left,
         unread=unread,
         stamps=m.stamp(accepted.stamps, dispatched=now, **before),
     )
@@ -139,12 +145,13 @@ def after_unreadable(
     accepted = tried.planned.accepted
     if tried.retries < 1 or now + took_s > accepted.deadline_at:
         return None
-    query = accepted.query
+    query, own = accepted.query, cards.get(tried.card)
+    settings = tried.sampling if own is None else sampling(query, own)  # without a limit on its patience
     others = {
         name: card
         for name, card in cards.items()
         if usable(card.artifact.name)
         and (card.artifact.name, card.adapter, conversation(query, card), sampling(query, card))
-        != (tried.artifact, tried.adapter, tried.messages, tried.sampling)
+        != (tried.artifact, tried.adapter, tried.messages, settings)
     }
     return next_rank(tried.planned.route, others, tried.rank + 1, usable)

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import messages as m
+from shared.learn import features
 from shared.learn.live import Learner
 from shared.learn.live_length import Lengths
+from shared.learn.signs import HIGHEST
 
 Array = NDArray[Any]
 Terms = list[dict[str, float]]
@@ -51,7 +53,8 @@ def predict(
     learned: Learned, profile: m.Profile, cards: Sequence[m.Card], prior: Array, terms: Terms, *, expects: bool = False
 ) -> tuple[Array, Array, Terms]:
     """Quality of each card for a query, 0 to 1. Where something is expected of the answer, by the query or by the card,
-    it is what a readable answer is worth times the chance that it can be read (`shared.learn.readable`).
+    it is what a readable answer is worth times what is to be seen of answers: how often they can be read, and whether
+    they are longer than usual (`shared.learn.readable`).
 
     Args:
         learned: what is known.
@@ -63,12 +66,13 @@ def predict(
 
     Returns:
         [k] quality, [k] standard deviation of that expectation (0 where nothing is learned), and terms: those given,
-        with `prior`, and `learned` (the mean added to it), `std`, `scale`, `readable` (the chance) where they apply.
+        with `prior`, and `learned` (the mean added to it), `std`, `scale`, `readable` (the sign of an answer that is
+        expected: `shared.learn.signs`) where they apply.
     """
     k = len(cards)
     mean, std = np.zeros(k), np.zeros(k)
     readable: dict[int, tuple[float, float]] = {}
-    x = np.frombuffer(profile.embedding, "<f4").astype(np.float64)
+    x = features.joined(np.frombuffer(profile.embedding, "<f4"), profile.form)
     learner = learned.learner
     if learner is not None and learner.quality is not None and len(x) == len(learner.quality.topics.centre):
         row = {name: i for i, name in enumerate(learner.cards)}
@@ -83,7 +87,7 @@ def predict(
     for i, (chance, spread) in readable.items():
         # `std` is that of quality before `scale`, which multiplies it wherever it is used
         std[i] = np.hypot(chance * std[i], quality[i] / max(scale[i], 1e-6) * spread)
-        quality[i] *= chance
+        quality[i] = min(quality[i] * chance, 1.0)
         terms[i]["readable"] = chance
     for i, term in enumerate(terms):
         term["prior"] = float(prior[i])
@@ -95,12 +99,12 @@ def predict(
 
 
 def _readable(learner: Learner, x: Array, wanted: Sequence[tuple[int, int]]) -> dict[int, tuple[float, float]]:
-    """Chance that an answer can be read, 0 to 1, and its standard deviation, by index of the card; `wanted` has each
+    """Expected sign of an answer, and its standard deviation, by index of the card; `wanted` has each
     card's index and its column in what is learned."""
     if learner.readable is None or not learner.readings or not wanted:
         return {}
     found = learner.readable.predict(x[None, :], np.ones((1, len(learner.cards))))
-    return {i: (float(np.clip(found.mean[0, j], 0.0, 1.0)), float(found.std[0, j])) for i, j in wanted}
+    return {i: (float(np.clip(found.mean[0, j], 0.0, HIGHEST)), float(found.std[0, j])) for i, j in wanted}
 
 
 def shares(utility: Array, spread: Array, normal: Array, budget: float) -> Array:

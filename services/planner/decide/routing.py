@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from services.planner.decide import learned as learning
-from services.planner.decide import scoring
+from services.planner.decide import patience, scoring
 from services.planner.decide.learned import Learned
 from services.planner.decide.scoring import Limits, Scores, latency_penalty
 from services.planner.decide.standing import Predictor, Standing, Standings
@@ -85,6 +85,7 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         margin=best.utility - second.utility if best and second else 0.0,
         flip=_flip(best, second, weights, state.policy) if best and second else "",
         weights=weights,
+        patience=_patience(analyzed, state, standing, weights),
         propensity=propensity,
         knowledge_version=state.qos.version,
         learned_version=state.learned.version if state.learned is not None else 0,
@@ -204,6 +205,19 @@ def _quarantine(outside: list[str | None], standing: Standing, learned: Learned)
         for reason, card in zip(outside, standing.cards, strict=True)
     ]
     return strict if any(reason is None for reason in strict) else outside
+
+
+def _patience(
+    analyzed: m.Analyzed, state: State, standing: Sequence[m.Candidate], weights: Mapping[str, float]
+) -> dict[str, int]:
+    """After how many tokens the cards of the route are cut off (`patience`)."""
+    learner = state.learned.learner if state.learned is not None else None
+    if learner is None or not learner.patience:
+        return {}
+    accepted = analyzed.accepted
+    return patience.limits(
+        accepted.query, accepted.query_id, state.policy, standing, learner.patience, weights, state.cards
+    )
 
 
 def _explored(
