@@ -31,6 +31,9 @@ REFILL_SHARE = 0.5
 """More is asked for once this share of the room is not covered by open requests: a request per message costs the
 broker and this process as much as the message."""
 
+ROUNDS = 16
+"""A puller that gathers does so for this many rounds after the last message."""
+
 
 @dataclass
 class _Request:
@@ -90,6 +93,8 @@ class Puller:
         self._prepared = self._stopping = False
         self._arrived = False
         """Whether a message has come since the last gathering."""
+        self._rounds = 0
+        """Gatherings until it has been quiet for long enough."""
 
     @property
     def in_flight(self) -> int:
@@ -189,9 +194,12 @@ class Puller:
                     await self._wake.wait()
 
     async def _gather(self, free: int, now: float) -> None:
-        """Take all that came while we waited; then have the server tell of the next message by sending it."""
+        """Take all that came while we waited; when nothing has come for a while, have the server tell of the next
+        message by sending it. Were it asked to at once, it would do so amid the work that the message is about."""
         if self._arrived:
-            self._arrived = False
+            self._arrived, self._rounds = False, ROUNDS
+        if self._rounds:
+            self._rounds -= 1
             await asyncio.sleep(self._gather_s)
             await self._ask(free, now + self._gather_s, wait=False)
         else:
