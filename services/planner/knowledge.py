@@ -84,7 +84,7 @@ class Knowledge:
             planner=self._planner,
             standings=self._standings,
             learned=self._learned_now(),
-            charges=self._charges_now(),
+            charges=self._charges,
         )
 
     def _learned_now(self) -> Learned:
@@ -131,11 +131,13 @@ class Knowledge:
             second_cost=policy.w_latency * slope_of_penalty(policy.latency_slo_s),
         )
 
-    def _charges_now(self) -> dict[str, tuple[float, float, float]]:
-        """What loading costs others, for routing; worked out anew at most once a second."""
+    def reckon(self) -> None:
+        """What decisions use and takes milliseconds, between queries rather than in the way of one: learned models as
+        last told, and, at most once a second, what loading costs others."""
+        self._learned_now()
         now = self._clock()
         if now - self._charged_at < CHARGES_S:
-            return self._charges
+            return
         self._charged_at, forecast, policy = now, self.forecast(), self.policy
         self._charges = {}
         if forecast is not None and policy is not None:
@@ -144,7 +146,6 @@ class Knowledge:
                 load_s=self.load_s(), policy=policy, now=now, forecast=forecast,
             )  # fmt: skip
             self._charges = {a: (s.burden, s.delay_s, s.sharing) for a, s in found.items()}
-        return self._charges
 
     def pinned(self) -> frozenset[str]:
         return frozenset(card.artifact.name for card in self.models.cards.values() if card.pinned)

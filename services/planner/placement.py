@@ -71,6 +71,7 @@ class Placement:
     async def _count(self) -> None:
         while True:
             await self._knowledge.count_queues()
+            self._knowledge.reckon()
             busy = any(d.waiting for d in self._knowledge.demand.values())
             if busy:
                 self._changed.set()
