@@ -55,7 +55,8 @@ class Trust:
         self._log = log
         self._routes: OrderedDict[str, m.Route] = OrderedDict()
         self._judged: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()  # answers, by query and card
+        self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()
+        """Answers that could not be read, by query and card."""
         self._learner = Learner(())
         self._standings: dict[str, Standing] = {}
         self._reasons: dict[str, tuple[str, float]] = {}
@@ -78,7 +79,8 @@ class Trust:
 
     @property
     def standings(self) -> dict[str, Standing]:
-        return self._standings  # a card without judgements is absent
+        """By card; a card without judgements is absent."""
+        return self._standings
 
     async def start(self) -> None:
         """Take up what was stored last, tell it, and go on."""
@@ -118,12 +120,14 @@ class Trust:
             self._keep(outcomes=True)
 
     def use(self, cards: list[str]) -> None:
+        """The fleet's cards."""
         if cards:
             self._learner.use(cards)
 
     # --- what happened ---
 
     def on_route(self, route: m.Route) -> None:
+        """A query was routed."""
         put(self._routes, route.query_id, route, ROUTES)
         if (awaited := self._awaited.get(route.query_id)) is not None:
             awaited.set()

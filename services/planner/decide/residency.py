@@ -126,7 +126,7 @@ class _Room:
 
     state: m.WorkerState
     free: int
-    at_once: int
+    vacant: int
     """Bytes that are free already: what fits into them need not wait for evictions."""
     holds: set[str]
     leaving: set[str] = field(default_factory=set)
@@ -277,10 +277,10 @@ class _Pass:
             room.holds.discard(victim.artifact)
             room.leaving.add(victim.artifact)
         size = self.specs[artifact].footprint_bytes
-        after = () if size <= room.at_once else tuple(sorted(room.leaving))
+        after = () if size <= room.vacant else tuple(sorted(room.leaving))
         actions.append(Action("load", room.state.worker, artifact, reason, after))
         room.free -= size
-        room.at_once = max(room.at_once - size, 0)
+        room.vacant = max(room.vacant - size, 0)
         if room.free < 0:  # the rest comes from evictions under way, which the load waits for
             room.coming += room.free
             room.free = 0
