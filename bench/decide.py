@@ -17,7 +17,8 @@ import numpy as np
 
 from bench.report import machine, percentiles, print_machine, print_table, write_json
 from services.planner.decide import residency, routing
-from services.planner.decide.residency import Demand, Forecast
+from services.planner.decide.demand import Demand
+from services.planner.decide.rooms import Forecast
 from services.planner.decide.standing import Standings
 from shared import messages as m
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 import nats.errors
 from nats.aio.msg import Msg
 
-from services.planner.decide import cost, objectives, residency
+from services.planner.decide import charges, cost, objectives
+from services.planner.decide.demand import Demand, arrived, work_of
 from services.planner.decide.learned import Learned
 from services.planner.decide.outlook import FORECAST_FROM, Outlook, warm_row
-from services.planner.decide.residency import Demand
+from services.planner.decide.rooms import Forecast
 from services.planner.decide.routing import State
 from services.planner.decide.scoring import slope_of_penalty
 from services.planner.decide.standing import Standings
@@ -110,7 +111,7 @@ class Knowledge:
     def specs(self) -> dict[str, m.ArtifactSpec]:
         return {card.artifact.name: card.artifact for card in self.models.cards.values()}
 
-    def forecast(self) -> residency.Forecast | None:
+    def forecast(self) -> Forecast | None:
         """What routing would gain from each artifact; None until enough queries have been routed."""
         policy, workers = self.policy, self.fleet.workers()
         if policy is None or not workers or self._outlook.count < FORECAST_FROM:
@@ -122,7 +123,7 @@ class Knowledge:
             name: cost.unit_costs(spec, device, learned.get((name, device.device_class))).load_j
             for name, spec in self.specs().items()
         }
-        return residency.Forecast(
+        return Forecast(
             artifacts=self._outlook.index,
             utilities=utilities,
             rates=rates,
@@ -141,7 +142,7 @@ class Knowledge:
         self._charged_at, forecast, policy = now, self.forecast(), self.policy
         self._charges = {}
         if forecast is not None and policy is not None:
-            found = residency.charges(
+            found = charges.charges(
                 workers=self.fleet.workers(), specs=self.specs(), pinned=self.pinned(), demand=self.demand,
                 load_s=self.load_s(), policy=policy, now=now, forecast=forecast,
             )  # fmt: skip
@@ -206,7 +207,7 @@ class Knowledge:
         artifact = card.artifact.name
         now = self._clock()
         self._foresee(route, now)
-        demand = residency.arrived(self.demand.get(artifact, Demand()), now, work_s=self._work_s(route, card))
+        demand = arrived(self.demand.get(artifact, Demand()), now, work_s=self._work_s(route, card))
         if self.covered(artifact):
             self.demand[artifact] = demand  # whether it is enough is seen by the length of its queue
             return
@@ -225,7 +226,7 @@ class Knowledge:
         known = next(
             (a for a in self.qos.artifacts if (a.artifact, a.device_class) == (spec.name, device.device_class)), None
         )
-        return residency.work_of(
+        return work_of(
             prefill_s=chosen.terms["prefill_s"], tokens_out=chosen.terms["tokens_out"],
             tpot_s=cost.unit_costs(spec, device, known).tpot_s, slope=cost.BATCH_SLOPE, slots=spec.slots,
         )  # fmt: skip

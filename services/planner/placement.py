@@ -12,6 +12,7 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from services.planner.decide import residency
+from services.planner.decide.rooms import Pending
 from services.planner.knowledge import Knowledge
 from shared import codec, subjects, tasks
 from shared import messages as m
@@ -32,7 +33,7 @@ HOLD_BACK_S = 5.0
 class _Issued:
     op_id: str
     at: float
-    pending: residency.Pending
+    pending: Pending
 
 
 class Placement:
@@ -138,7 +139,7 @@ class Placement:
                     )
                 )  # fmt: skip
             size = specs[action.artifact].footprint_bytes if action.artifact in specs else 0
-            pending = residency.Pending(action.kind, action.worker, action.artifact, size)
+            pending = Pending(action.kind, action.worker, action.artifact, size)
             self._issued[key] = _Issued(op_id, now, pending)
             self._log.info(
                 "placement",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from services.planner.decide.residency import Swap
+from services.planner.decide.charges import Swap
 from services.planner.decide.scoring import Fleet
 from services.simulator.beliefs import REFRESH_S, Beliefs
 from services.simulator.decoding import DRAINING, ENDED, LOADED, LOADING, READY, TICK, Agenda, Engine

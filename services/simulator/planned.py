@@ -10,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide import residency
+from services.planner.decide import charges, residency
+from services.planner.decide.charges import Swap
+from services.planner.decide.demand import Demand, arrived, work_of
 from services.planner.decide.outlook import FORECAST_FROM, Outlook
-from services.planner.decide.residency import Demand, Forecast, Pending, Swap
+from services.planner.decide.rooms import Forecast, Pending
 from services.planner.decide.scoring import LN2, Weights
 from services.simulator.engine import DRAINING, LOADING, READY, Simulation, warm_start
 from services.simulator.fleet import SimFleet
@@ -29,11 +31,11 @@ class Options:
 
     prefetch: bool = True
     patience: float = 0.6
-    """Grouping of queries that wait: `residency.Forecast.patience`."""
+    """Grouping of queries that wait: `rooms.Forecast.patience`."""
     burden: bool = True
     """Routing is told what a load would cost others."""
     noise_z: float = 0.0
-    """`residency.Forecast.noise_z`."""
+    """`rooms.Forecast.noise_z`."""
     min_residence_s: float = 10.0
     max_wait_s: float = 60.0
     tick_s: float = 2.0
@@ -127,7 +129,7 @@ class Planned:
             if row is not None:
                 self._outlook.seen(at, row)
             name = fleet.names[model]
-            self._demand[name] = residency.arrived(self._demand.get(name, Demand()), at, work_s=work_s)
+            self._demand[name] = arrived(self._demand.get(name, Demand()), at, work_s=work_s)
 
     def _load_s(self, sim: Simulation) -> dict[str, float]:
         return {
@@ -140,11 +142,11 @@ class Planned:
         name = sim.fleet.names[model]
         tokens_in, tokens_out = sim.scoring.service_tokens[model]
         unit = sim.planned_with[model][self._first[model]]
-        work_s = residency.work_of(
+        work_s = work_of(
             prefill_s=unit.prefill_s * tokens_in, tokens_out=tokens_out, tpot_s=unit.tpot_s, slope=unit.slope,
             slots=sim.fleet.models[model].slots,
         )  # fmt: skip
-        self._demand[name] = residency.arrived(self._demand.get(name, Demand()), now, work_s=work_s)
+        self._demand[name] = arrived(self._demand.get(name, Demand()), now, work_s=work_s)
 
     def need(self, sim: Simulation, model: int, now: float) -> None:
         self._pass(sim, now)
@@ -214,7 +216,7 @@ class Planned:
             load_s=load_s, pending=pending, held_back=frozenset(), policy=policy, now=now, forecast=forecast,
         )  # fmt: skip
         if forecast is not None and self.options.burden and sim.scoring.joint:
-            self._charges = residency.charges(
+            self._charges = charges.charges(
                 workers=workers, specs=self._specs, pinned=frozenset(), demand=demand, load_s=load_s,
                 policy=policy, now=now, forecast=forecast,
             )  # fmt: skip

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from services.planner.decide.demand import work_of
 from services.planner.decide.outlook import warm_row
-from services.planner.decide.residency import work_of
 from services.planner.decide.routing import weights_of
 from services.planner.decide.scoring import LN2, Fleet, Weights, slope_of_penalty
 from services.simulator import telemetry

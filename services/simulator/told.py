@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from services.planner.decide.residency import Swap
+from services.planner.decide.charges import Swap
 from services.planner.decide.scoring import Fleet
 from services.simulator.decoding import LOADING, READY, Engine
 from services.simulator.devices import Devices

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.planner.decide import residency
-from services.planner.decide.residency import Action, Demand, Forecast, Pending, Plan
+from services.planner.decide import charges, residency
+from services.planner.decide.demand import RATE_HALF_LIFE_S, Demand, arrived, decayed_rate, decayed_work, work_of
+from services.planner.decide.residency import Plan
+from services.planner.decide.rooms import Action, Forecast, Pending
 from shared import messages as m
 from tests import samples
 from tests.samples import GB, spec, worker
@@ -137,13 +139,13 @@ def test_work_beyond_one_engine_brings_a_replica_before_queries_wait() -> None:
 
 def test_work_is_what_a_full_batch_spends_on_a_query() -> None:
     """Ten queries a second of a tenth of a second each are one engine's time."""
-    one = residency.work_of(prefill_s=0.05, tokens_out=100, tpot_s=0.01, slope=0.25, slots=5)
+    one = work_of(prefill_s=0.05, tokens_out=100, tpot_s=0.01, slope=0.25, slots=5)
     assert one == pytest.approx(0.05 + 100 * 0.01 * 2.0 / 5)
     demand = Demand()
     for i in range(4000):
-        demand = residency.arrived(demand, i * 0.1, work_s=0.1)
+        demand = arrived(demand, i * 0.1, work_s=0.1)
     assert demand.work == pytest.approx(1.0, rel=0.15)
-    assert residency.decayed_work(demand, 399.9 + residency.RATE_HALF_LIFE_S) == pytest.approx(demand.work / 2)
+    assert decayed_work(demand, 399.9 + RATE_HALF_LIFE_S) == pytest.approx(demand.work / 2)
 
 
 def test_a_load_is_charged_for_what_it_pushes_out_however_new_that_is() -> None:
@@ -155,7 +157,7 @@ def test_a_load_is_charged_for_what_it_pushes_out_however_new_that_is() -> None:
 
     def burden(loaded_at: float) -> float:
         full = worker("w1", budget=A.footprint_bytes, engines=[engine(A, loaded_at=loaded_at)])
-        found = residency.charges(
+        found = charges.charges(
             workers=[full], specs=SPECS, pinned=frozenset(), demand={}, load_s={}, policy=POLICY, now=NOW,
             forecast=forecast,
         )  # fmt: skip
@@ -204,9 +206,9 @@ def test_draining_workers_take_nothing() -> None:
 
 def test_demand_rate_decays() -> None:
     """After one half-life the rate has halved; each arrival adds the same amount."""
-    one = residency.arrived(Demand(), NOW)
+    one = arrived(Demand(), NOW)
     assert one.waiting == 1
-    assert abs(residency.decayed_rate(one, NOW + residency.RATE_HALF_LIFE_S) - one.rate / 2) < 1e-12
+    assert abs(decayed_rate(one, NOW + RATE_HALF_LIFE_S) - one.rate / 2) < 1e-12
 
 
 engines = st.lists(
