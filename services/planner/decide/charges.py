@@ -1,4 +1,4 @@
-"""What routing has to know of an artifact that would have to be loaded: how long it takes, what it costs others. Pure."""
+"""What routing has to know of an artifact that would have to be loaded: its delay, and its cost to others. Pure."""
 
 from __future__ import annotations
 

@@ -84,6 +84,7 @@ class Room:
 
 
 def room_of(worker: m.WorkerState, pending: Sequence[Pending]) -> Room:
+    """A worker once the commands under way have taken effect."""
     holds = {e.artifact for e in worker.engines if e.state in ("ready", "loading")}
     leaving = {e.artifact for e in worker.engines if e.state == "draining"}
     free = worker.budget_bytes - worker.used_bytes
@@ -133,6 +134,8 @@ def value_of(
 
 @dataclass
 class Pass:
+    """What one pass knows; `place` and `carry_out` change its rooms as they add actions."""
+
     rooms: list[Room]
     specs: Mapping[str, m.ArtifactSpec]
     pinned: frozenset[str]
