@@ -153,11 +153,17 @@ class Objectives(_Public, frozen=True, kw_only=True):
 class Control(_Public, frozen=True, kw_only=True, tag="control.v1"):
     """Argument of `calm.control`: show, change or withdraw the fleet's objectives while it runs."""
 
-    action: Literal["show", "set", "reset"] = "show"
-    """`set` changes what `objectives` gives and leaves the rest; `reset` goes back to the fleet file."""
+    action: Literal["show", "set", "reset", "try", "promote", "drop"] = "show"
+    """`set` changes what `objectives` gives and leaves the rest; `reset` goes back to the fleet file. `try` tries the
+    weights that `objectives` gives beside those in force, `promote` puts them in force, `drop` ends the trial."""
     objectives: Objectives = Objectives()
     clear: list[str] = []
     """With `set`: names of objectives that are withdrawn."""
+    share: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.0
+    """With `try`: of the queries, so many are routed by the weights on trial; with 0 it is only noted where they would
+    have sent each."""
+    trial: Annotated[int, Meta(ge=0)] = 0
+    """With `promote` and `drop`: the version of the trial that is meant, so that no other is; 0 means any."""
     by: Annotated[str, Meta(max_length=200)] = ""
     """Who asked, for the record."""
 
@@ -243,13 +249,31 @@ class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
     """Null when nothing was expected of the answer."""
 
 
+class Trial(_Public, frozen=True, kw_only=True, tag="trial.v1"):
+    """Weights tried beside those in force. Also the value of KV `calm_control`, key `trial`."""
+
+    version: int
+    """Grows with every trial."""
+    share: float = 0.0
+    """Of the queries that are routed by utility, those that are routed by these weights."""
+    w_quality: float | None = None
+    """None leaves the weight in force, here and below."""
+    w_latency: float | None = None
+    w_energy: float | None = None
+    at: float = 0.0
+    """Since when."""
+    by: str = ""
+    ended: bool = False
+    """Promoted or dropped; the entry stays, so that versions grow."""
+
+
 class ControlState(_Public, frozen=True, kw_only=True, tag="control_state.v1"):
     """The objectives in force, the weights as moved to hold them, and how they stand. The reply of `calm.control`."""
 
     objectives: Objectives = Objectives()
     version: int = 0
     """Grows with every change of the objectives."""
-    event: Literal["set", "reset", "moved", "show"] = "show"
+    event: Literal["set", "reset", "try", "promote", "drop", "moved", "show"] = "show"
     """Why this was recorded."""
     changed_at: float = 0.0
     changed_by: str = ""
@@ -266,6 +290,8 @@ class ControlState(_Public, frozen=True, kw_only=True, tag="control_state.v1"):
     energy_j_per_hour: float | None = None
     infeasible: list[str] = []
     """Objectives that are broken with their weight at its bound: no policy of this fleet holds them now."""
+    trial: Trial | None = None
+    """Weights on trial, if any are."""
 
 
 class Chunk(_Public, frozen=True, kw_only=True, tag="chunk.v1"):
@@ -358,6 +384,17 @@ class Candidate(_Internal, frozen=True, kw_only=True):
     """The parts: affinity, domain_score, queue_s, load_s, prefill_s, decode_s, load_j, w_q, w_l, w_e ..."""
 
 
+class Tried(_Internal, frozen=True, kw_only=True):
+    """The two policies that stood behind a decision while weights were on trial."""
+
+    version: int
+    """Of the trial."""
+    present: str
+    """The card that the weights in force prefer,"""
+    candidate: str
+    """and that which the weights on trial do."""
+
+
 class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """A routing decision, also published on `calm.decision.route`."""
 
@@ -366,7 +403,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """Cards to try, best first; empty when no candidate stood."""
     candidates: list[Candidate]
     reason: str
-    """Reason code: `best_utility`, `asked_for`, `only_candidate`, `no_feasible_model`, `context_exceeded`."""
+    """Reason code: `best_utility`, `explored`, `trial`, `asked_for`, `only_candidate`, `no_feasible_model`,
+    `context_exceeded`."""
     why: str = ""
     """The reason as one sentence for people."""
     runner_up: str | None = None
@@ -379,6 +417,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """By card: output tokens after which its answer is cut off, where another card may be asked then."""
     propensity: float = 1.0
     """Probability with which the policy took this choice."""
+    trial: Tried | None = None
+    """What weights on trial made of it, where there are any and the choice was by utility."""
     knowledge_version: int = 0
     learned_version: int = 0
     """Of the learned quality; 0 when the cards' own scores were used."""
@@ -685,7 +725,7 @@ class InForce(_Internal, frozen=True, kw_only=True, tag="in_force.v1"):
     objectives: Objectives
     version: int
     """Grows with every change."""
-    action: Literal["set", "reset"] = "set"
+    action: Literal["set", "reset", "promote"] = "set"
     at: float = 0.0
     by: str = ""
 
@@ -926,6 +966,32 @@ class KnowledgeRequest(_Public, frozen=True, kw_only=True, tag="knowledge_reques
 
     id: str = ""
     limit: Annotated[int, Meta(ge=1, le=1000)] = 20
+    after: float = 0.0
+    """For lists that are read in parts: only what was decided later than this Unix time."""
+
+
+class TrialRow(_Internal, frozen=True, kw_only=True, array_like=True):
+    """One decision that was taken while weights were on trial, with what came of it."""
+
+    at: float
+    chosen: str
+    present: str
+    candidate: str
+    propensity: float
+    predicted: list[list[float]]
+    """[3][3]: of the chosen, present and candidate card the predicted quality, latency (s) and energy (J)."""
+    score: float | None = None
+    """As judged; None until it is."""
+    latency_s: float | None = None
+    """As answered, with all attempts; None when it was not answered."""
+    energy_j: float | None = None
+
+
+class TrialRows(_Internal, frozen=True, kw_only=True, tag="trial_rows.v1"):
+    """The decisions under one trial, oldest first; `more` when there are more after the last."""
+
+    rows: list[TrialRow]
+    more: bool = False
 
 
 class QueryRecord(_Internal, frozen=True, kw_only=True, tag="query_record.v1"):

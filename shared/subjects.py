@@ -23,7 +23,7 @@ JOURNAL_OPERATION = "calm.journal.operation"
 QOS = "calm.telemetry.monitor.qos"
 REJECTED = "calm.telemetry.monitor.rejected"
 
-KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement", "controls", "energy")
+KNOWLEDGE_VERBS = ("query", "recent", "counts", "qos", "operations", "placement", "controls", "trial", "energy")
 
 STREAM_QUERIES = "CALM_QUERIES"
 STREAM_WORK = "CALM_WORK"
@@ -39,6 +39,7 @@ BUCKET_CONTROL = "calm_control"
 POLICY_KEY = "_policy"
 OBJECTIVES_KEY = "objectives"
 WEIGHTS_KEY = "weights"
+TRIAL_KEY = "trial"
 
 INTAKE_QUEUE = "calm-intake"
 KNOWLEDGE_QUEUE = "calm-knowledge"
@@ -193,6 +194,8 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(knowledge("qos"), "core request", (m.KnowledgeRequest, m.Qos), "all", "monitor"),
     Entry(knowledge("operations"), "core request", (m.KnowledgeRequest, m.Operations), "all", "monitor"),
     Entry(knowledge("controls"), "core request", (m.KnowledgeRequest, m.ControlStates), "all", "monitor"),
+    Entry(knowledge("trial"), "core request", (m.KnowledgeRequest, m.TrialRows), "all", "monitor",
+          "`id`: the version of the trial; decisions taken meanwhile, with what came of them"),
     Entry(knowledge("placement"), "core request", (m.KnowledgeRequest, m.Placement), "all", "monitor"),
     Entry(knowledge("energy"), "core request", (m.KnowledgeRequest, m.EnergyReports), "all", "monitor"),
     Entry(kv(BUCKET_FLEET, fleet_key("<worker>")), f"KV {BUCKET_FLEET}, TTL 3 s", (m.WorkerState,), "worker",
@@ -206,6 +209,8 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(kv(BUCKET_CONTROL, OBJECTIVES_KEY), f"KV {BUCKET_CONTROL}", (m.InForce,), "planner", "planner, monitor"),
     Entry(kv(BUCKET_CONTROL, WEIGHTS_KEY), f"KV {BUCKET_CONTROL}", (m.Moved,), "planner", "planner",
           "written by the placement leader, which runs the dual controller"),
+    Entry(kv(BUCKET_CONTROL, TRIAL_KEY), f"KV {BUCKET_CONTROL}", (m.Trial,), "planner", "planner",
+          "the latest weights on trial, ended or not"),
     Entry(kv(BUCKET_CONTROL, standing_key("<card>")), f"KV {BUCKET_CONTROL}", (m.CardStanding,), "monitor", "planner"),
     Entry(kv(BUCKET_CONTROL, learned_key("<name>", "<index>")), f"KV {BUCKET_CONTROL}", (m.LearnedPart,), "monitor",
           "planner"),

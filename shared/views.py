@@ -87,7 +87,8 @@ class ModelsView:
 
 
 class ControlView:
-    """Objectives in force, weights as moved, standings and learned parameters, as planners and monitor tell them."""
+    """Objectives in force, weights moved and on trial, standings and learned parameters, as planners and monitor tell
+    them."""
 
     def __init__(self, bus: Bus, on_change: Callable[[str], None] | None = None) -> None:
         """`on_change` is called with the key that changed."""
@@ -95,6 +96,7 @@ class ControlView:
         self._on_change = on_change or (lambda _key: None)
         self.in_force: m.InForce | None = None
         self.moved: m.Moved | None = None
+        self.trial: m.Trial | None = None
         self.standings: dict[str, m.CardStanding] = {}
         self.learned: dict[str, tuple[int, bytes]] = {}
         """By name: version and bytes, of the newest version that is complete."""
@@ -115,6 +117,9 @@ class ControlView:
             self.in_force = codec.unpack(data, m.InForce) if data else None
         elif key == subjects.WEIGHTS_KEY:
             self.moved = codec.unpack(data, m.Moved) if data else None
+        elif key == subjects.TRIAL_KEY:
+            trial = codec.unpack(data, m.Trial) if data else None
+            self.trial = None if trial is None or trial.ended else trial
         elif key.startswith("standing."):
             card = key.removeprefix("standing.")
             if data:

@@ -54,6 +54,11 @@ def _route(route: m.Route) -> list[str]:
         + (f", for objectives version {route.objectives_version}" if route.objectives_version else ""),
         "  domains: " + ", ".join(f"{name} {p:.2f}" for name, p in domains),
     ]
+    if route.trial is not None:
+        lines.append(
+            f"  trial {route.trial.version}: its weights prefer {route.trial.candidate}, those in force"
+            f" {route.trial.present}"
+        )
     if route.flip:
         lines.append(f"  {route.flip}")
     if route.patience:

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     cancel = add("cancel", "Cancel a query, also while it is queued.")
     cancel.add_argument("query_id")
 
-    policy = add("policy", "Show, set or reset the objectives that the fleet is to hold, while it runs.")
+    policy = add("policy", "Objectives that the fleet is to hold: show, set, reset; try other weights, judge, promote.")
     verbs = policy.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = verbs.add_parser("show", help="objectives, weights as moved to hold them, how they stand", parents=[common])
     change = verbs.add_parser("set", help="change some objectives and leave the rest", parents=[common])
@@ -81,12 +81,29 @@ def parser() -> argparse.ArgumentParser:
     change.add_argument("--energy-per-hour", type=float, metavar="J", help="joules of all queries of an hour")
     change.add_argument("--min-quality", type=float, metavar="RATIO", help="of what --reference would have given")
     change.add_argument("--reference", metavar="CARD")
-    change.add_argument("--w-quality", type=float, metavar="W", help="weight of quality")
-    change.add_argument("--w-latency", type=float, metavar="W", help="weight of latency")
-    change.add_argument("--w-energy", type=float, metavar="W", help="weight of energy")
     change.add_argument("--clear", action="append", default=[], metavar="NAME", help="withdraw an objective")
     reset = verbs.add_parser("reset", help="go back to the fleet file", parents=[common])
-    for verb in (show, change, reset):
+    tried = verbs.add_parser("try", help="try other weights beside those in force", parents=[common])
+    tried.add_argument(
+        "--share", type=float, default=0.0, metavar="SHARE",
+        help="of the queries that are routed by them, 0 to 0.9; with 0 only noted is where they would send each",
+    )  # fmt: skip
+    for verb in (change, tried):
+        verb.add_argument("--w-quality", type=float, metavar="W", help="weight of quality")
+        verb.add_argument("--w-latency", type=float, metavar="W", help="weight of latency")
+        verb.add_argument("--w-energy", type=float, metavar="W", help="weight of energy")
+    judge = verbs.add_parser("judge", help="what the weights on trial would make of the queries", parents=[common])
+    promote = verbs.add_parser(
+        "promote", help="put the weights on trial in force, if they have proved", parents=[common]
+    )
+    promote.add_argument("--force", action="store_true", help="also if nothing is certain yet")
+    for verb in (judge, promote):
+        verb.add_argument(
+            "--most-quality-lost", type=float, default=0.01, metavar="Q",
+            help="that may be given up for latency or energy (0.01)",
+        )  # fmt: skip
+    drop = verbs.add_parser("drop", help="end the trial", parents=[common])
+    for verb in (show, change, reset, tried, judge, promote, drop):
         verb.add_argument("--json", action="store_true")
 
     replay = add("replay", "Simulate the recorded queries with another policy, memory, number of workers or load.")

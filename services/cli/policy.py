@@ -1,4 +1,5 @@
-"""`calm policy show|set|reset`: the objectives that the fleet is to hold, changed while it runs."""
+"""`calm policy show|set|reset`: the objectives that the fleet is to hold, changed while it runs; and
+`try|judge|promote|drop`: weights on trial beside those in force."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import time
 import msgspec
 import nats.errors
 
+from services.cli import trial
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
@@ -33,18 +35,35 @@ async def policy(arguments: argparse.Namespace, settings: Settings) -> int:
     request = request_of(arguments)
     bus = await Bus.connect(settings, "calm-policy", wait=False)
     try:
+        if arguments.action in ("judge", "promote"):
+            found = await trial.judged(bus, await _ask(bus, m.Control()), arguments.most_quality_lost)
+            if arguments.action == "judge":
+                print(trial.as_json(*found) if arguments.json else trial.render(*found))
+                return 0
+            if not found[1].promote and not arguments.force:
+                raise InvalidObjective(
+                    f"Trial {found[0].version} is not to be promoted yet: {found[1].reason}.",
+                    "Look at it with `calm policy judge`, or promote it all the same with --force.",
+                )
+            request = msgspec.structs.replace(request, trial=found[0].version)
+        state = await _ask(bus, request)
+    finally:
+        await bus.close()
+    print(codec.to_json(state).decode() if arguments.json else render(state, time.time()))
+    return 0
+
+
+async def _ask(bus: Bus, request: m.Control) -> m.ControlState:
+    try:
         reply = await bus.nc.request(subjects.CONTROL, codec.to_json(request), timeout=5)
     except nats.errors.NoRespondersError:
         raise BusUnavailable("No planner is running on this NATS server.", "Start the system: calm up") from None
     except TimeoutError:
         raise BusUnavailable("No reply within 5 s.", "See `calm status`.") from None
-    finally:
-        await bus.close()
     state = codec.from_json(reply.data, m.ControlState | m.Failure)  # type: ignore[arg-type]
     if isinstance(state, m.Failure):
         raise codec.error_of(state)
-    print(codec.to_json(state).decode() if arguments.json else render(state, time.time()))
-    return 0
+    return state
 
 
 def request_of(arguments: argparse.Namespace) -> m.Control:
@@ -53,16 +72,21 @@ def request_of(arguments: argparse.Namespace) -> m.Control:
     Raises:
         InvalidObjective: a value out of range.
     """
-    if arguments.action != "set":
+    if arguments.action == "judge":
+        return m.Control()
+    if arguments.action not in ("set", "try"):
         return m.Control(action=arguments.action, by=_who())
-    given = {name: value for flag, name in FLAGS.items() if (value := getattr(arguments, flag)) is not None}
-    clear = [FLAGS.get(name.replace("-", "_"), name) for name in arguments.clear]
+    given = {name: value for flag, name in FLAGS.items() if (value := getattr(arguments, flag, None)) is not None}
+    if arguments.action == "try":
+        given["share"] = arguments.share
+    clear = [FLAGS.get(name.replace("-", "_"), name) for name in getattr(arguments, "clear", [])]
     try:
+        share = msgspec.convert({"share": given.pop("share", 0.0)}, m.Control).share
         wanted = msgspec.convert(given, m.Objectives)
     except msgspec.ValidationError as error:
         text, _, at = str(error).partition(" - at ")
         raise InvalidObjective(f"{at.strip('`').removeprefix('$.')}: {text}.", "Give a value in that range.") from None
-    return m.Control(action="set", objectives=wanted, clear=clear, by=_who())
+    return m.Control(action=arguments.action, objectives=wanted, clear=clear, share=share, by=_who())
 
 
 def render(state: m.ControlState, now: float) -> str:
@@ -98,6 +122,8 @@ def render(state: m.ControlState, now: float) -> str:
             if value is not None
         ]
         result.append(f"  over the last {state.count} queries: {', '.join(figures) or 'nothing has ended yet'}")
+    if state.trial is not None:
+        result.append(f"on {trial.described(state.trial, state.weights)}, since {_ago(now - state.trial.at)}")
     if state.infeasible:
         result.append(f"  cannot be held by this fleet now: {', '.join(state.infeasible)}; ease it, or add workers")
     return "\n".join(result)

@@ -62,6 +62,7 @@ class Answers:
             "qos": self._qos,
             "operations": lambda asked: reads.operations(self._store, asked.limit),
             "controls": lambda asked: reads.controls(self._store, asked.limit),
+            "trial": lambda asked: reads.trial(self._store, asked),
             "placement": lambda asked: reads.placement(self._store, asked.id),
             "energy": lambda _: reads.energy(self._store),
         }

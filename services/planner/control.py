@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import nats.errors
@@ -13,6 +13,7 @@ import nats.js.errors
 from nats.aio.msg import Msg
 
 from services.planner.decide import dual, objectives
+from services.planner.decide import trial as trials
 from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.bus import Bus
@@ -31,6 +32,7 @@ OPEN_S = 3600.0
 """A routed query of which nothing more was heard for this long is forgotten."""
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _ATTEMPTS = 5
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Control:
@@ -109,34 +111,66 @@ class Control:
 
     async def _answer(self, asked: m.Control) -> m.ControlState:
         if asked.action == "show":
-            return objectives.shown(self._models.policy, self._view.in_force, self._view.moved)
+            return objectives.shown(self._models.policy, self._view.in_force, self._view.moved, self._view.trial)
         if not self._models.cards:
             raise NotReady("The fleet's cards are not known yet.", "Ask again when `calm status` shows models.")
-        new = await self._put(asked)
-        state = objectives.shown(self._models.policy, new, None)
-        record = msgspec.structs.replace(state, event=new.action)
-        await self._bus.publish(subjects.DECISION_CONTROL, record, msg_id=f"control-{new.version}-{new.at}")
-        self._log.info("objectives_changed", version=new.version, action=new.action, by=new.by)
+        now = self._clock()
+        if asked.action == "try":
+            self._view.trial = await self._put(subjects.TRIAL_KEY, m.Trial, lambda old: trials.begin(old, asked, now))
+            return await self._changed(asked, now)
+        if asked.action == "drop":
+            await self._end_trial(asked)
+            return await self._changed(asked, now)
+        if asked.action == "promote":
+            trial, _ = await self._entry(subjects.TRIAL_KEY, m.Trial)
+            wanted = trials.meant(trial, asked)
+            await self._set(lambda old: trials.promoted(old, wanted, asked, self._models.cards, now))
+            await self._end_trial(msgspec.structs.replace(asked, trial=wanted.version))
+        else:
+            await self._set(lambda old: objectives.change(old, asked, self._models.cards, now))
+        return await self._changed(asked, now)
+
+    async def _set(self, change: Callable[[m.InForce | None], m.InForce]) -> None:
+        self._view.in_force = await self._put(subjects.OBJECTIVES_KEY, m.InForce, change)
+        self._heard.set()
+
+    async def _end_trial(self, asked: m.Control) -> None:
+        def ended(old: m.Trial | None) -> m.Trial:
+            return msgspec.structs.replace(trials.meant(old, asked), ended=True)
+
+        await self._put(subjects.TRIAL_KEY, m.Trial, ended)
+        self._view.trial = None
+
+    async def _changed(self, asked: m.Control, at: float) -> m.ControlState:
+        """Write a change to the record; how things stand after it."""
+        state = objectives.shown(self._models.policy, self._view.in_force, self._view.moved, self._view.trial)
+        record = msgspec.structs.replace(state, event=asked.action, changed_at=at, changed_by=asked.by)
+        await self._bus.publish(subjects.DECISION_CONTROL, record, msg_id=f"control-{state.version}-{at}")
+        self._log.info("objectives_changed", version=state.version, action=asked.action, by=asked.by)
         return state
 
-    async def _put(self, asked: m.Control) -> m.InForce:
-        """Change the entry as it is in the bucket, or start over when another replica changed it meanwhile."""
-        subject = subjects.kv(subjects.BUCKET_CONTROL, subjects.OBJECTIVES_KEY)
+    async def _entry(self, key: str, kind: type[T]) -> tuple[T | None, int]:
+        """An entry of the control bucket as it is now, and its revision."""
+        subject = subjects.kv(subjects.BUCKET_CONTROL, key)
+        try:
+            entry = await self._bus.js.get_last_msg(f"KV_{subjects.BUCKET_CONTROL}", subject, direct=True)
+        except nats.js.errors.NotFoundError:
+            return None, 0
+        return codec.unpack(entry.data, kind) if entry.data else None, entry.seq or 0
+
+    async def _put(self, key: str, kind: type[T], change: Callable[[T | None], T]) -> T:
+        """Change an entry as it is in the bucket, or start over when another replica changed it meanwhile. Others hear
+        of it through the bucket."""
         for _ in range(_ATTEMPTS):
-            try:
-                entry = await self._bus.js.get_last_msg(f"KV_{subjects.BUCKET_CONTROL}", subject, direct=True)
-                revision, now = entry.seq or 0, codec.unpack(entry.data, m.InForce) if entry.data else None
-            except nats.js.errors.NotFoundError:
-                revision, now = 0, None
-            new = objectives.change(now, asked, self._models.cards, self._clock())
+            now, revision = await self._entry(key, kind)
+            new = change(now)
+            subject = subjects.kv(subjects.BUCKET_CONTROL, key)
             try:
                 await self._bus.js.publish(subject, codec.pack(new), headers={_EXPECTED: str(revision)})
             except nats.js.errors.APIError:
                 continue
             except (TimeoutError, nats.errors.Error):
                 raise NotReady("The broker did not take the change.", "Ask again.") from None
-            self._view.in_force = new  # others hear of it through the bucket
-            self._heard.set()
             return new
         raise InvalidObjective("Others change the objectives at the same time.", "Look at them, and ask again.")
 

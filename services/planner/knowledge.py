@@ -83,6 +83,7 @@ class Knowledge:
             qos=self.qos,
             waiting={artifact: d.waiting for artifact, d in self.demand.items()},
             planner=self._planner,
+            trial=self.control.trial,
             standings=self._standings,
             learned=self._learned_now(),
             charges=self._charges,

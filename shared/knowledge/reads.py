@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared import codec
 from shared import messages as m
+from shared.errors import InvalidQuery
 from shared.knowledge import tables as t
 from shared.knowledge.store import Store
 
@@ -122,6 +123,51 @@ async def controls(store: Store, limit: int) -> m.ControlStates:
     async with store.read() as connection:
         found = (await connection.scalars(statement)).all()
     return m.ControlStates(states=[codec.unpack(record, m.ControlState) for record in found])
+
+
+async def trial(store: Store, asked: m.KnowledgeRequest) -> m.TrialRows:
+    """At most `limit` decisions, later than `after`, that were taken under the trial of version `id`, oldest first.
+
+    Raises:
+        InvalidQuery: `id` is no number.
+    """
+    if not asked.id.isdigit():
+        raise InvalidQuery(f"`{asked.id}` is no trial.", "Give its version as `id`, see `calm policy show`.")
+    version = int(asked.id)
+    columns = (
+        t.decisions.c.record, t.decisions.c.decided_at, t.feedback.c.score, t.completions.c.answered,
+        t.completions.c.total_s, t.completions.c.energy_j,
+    )  # fmt: skip
+    statement = (
+        select(*columns)
+        .outerjoin(t.completions, t.completions.c.query_id == t.decisions.c.query_id)
+        .outerjoin(t.feedback, t.feedback.c.query_id == t.decisions.c.query_id)
+        .where(t.decisions.c.decided_at > asked.after)
+        .order_by(t.decisions.c.decided_at)
+    )
+    found: list[m.TrialRow] = []
+    async with store.read() as connection:
+        rows = await connection.stream(statement)
+        async for record, at, score, answered, total_s, energy_j in rows:
+            route = codec.unpack(record, m.Route)
+            if route.trial is None or route.trial.version != version:
+                continue
+            if len(found) == asked.limit:
+                return m.TrialRows(rows=found, more=True)
+            found.append(_trial_row(route, route.trial, at, score, (total_s, energy_j) if answered else None))
+    return m.TrialRows(rows=found)
+
+
+def _trial_row(
+    route: m.Route, tried: m.Tried, at: float, score: float | None, took: tuple[float, float] | None
+) -> m.TrialRow:
+    known = {c.card: [c.quality, c.latency_s, c.energy_j] for c in route.candidates}
+    cards = (route.order[0], tried.present, tried.candidate)
+    latency_s, energy_j = took if took is not None else (None, None)
+    return m.TrialRow(
+        at=at, chosen=cards[0], present=cards[1], candidate=cards[2], propensity=route.propensity,
+        predicted=[known[card] for card in cards], score=score, latency_s=latency_s, energy_j=energy_j,
+    )  # fmt: skip
 
 
 async def placement(store: Store, placement_id: str = "") -> m.Placement | None:

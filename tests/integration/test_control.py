@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -232,3 +232,46 @@ async def test_changes_survive_a_restart_of_the_broker_and_are_written_to_the_kn
             await again.stop()
     finally:
         await monitor.stop()
+
+
+async def test_weights_are_tried_promoted_and_dropped_on_every_replica(
+    fleet: Bus, planner: Replica, settings: Settings
+) -> None:
+    """A trial is known to all planners, is kept by the broker, ends once, and changes the objectives when promoted."""
+    other = await Replica.start(settings, "two")
+
+    def sees(version: int | None) -> Callable[[], Awaitable[bool | None]]:
+        async def check() -> bool | None:
+            views = [r.planner._knowledge.control.trial for r in (planner, other)]
+            return all((None if v is None else v.version) == version for v in views) or None
+
+        return check
+
+    try:
+        wanted = m.Control(action="try", objectives=m.Objectives(w_latency=0.7), share=0.2, by="ann")
+        begun = await ask(fleet, wanted)
+        assert isinstance(begun, m.ControlState)
+        assert begun.trial is not None
+        assert (begun.trial.version, begun.trial.share, begun.version) == (1, 0.2, 0)
+        await until(sees(1))
+        for asked in (m.Control(action="promote", trial=9), m.Control(action="try")):
+            refused = await ask(fleet, asked)
+            assert isinstance(refused, m.Failure)
+            assert (refused.code, bool(refused.remedy)) == ("invalid_objective", True)
+        promoted = await ask(fleet, m.Control(action="promote", trial=1))
+        assert isinstance(promoted, m.ControlState)
+        assert (promoted.trial, promoted.objectives, promoted.version) == (None, m.Objectives(w_latency=0.7), 1)
+        assert promoted.weights["w_l"] == 0.7
+        await until(sees(None))
+        again = await ask(fleet, wanted)
+        assert isinstance(again, m.ControlState)
+        assert again.trial is not None
+        assert again.trial.version == 2
+        await until(sees(2))
+        dropped = await ask(fleet, m.Control(action="drop"))
+        assert isinstance(dropped, m.ControlState)
+        assert (dropped.trial, dropped.version) == (None, 1)
+        await until(sees(None))
+        assert isinstance(await ask(fleet, m.Control(action="drop")), m.Failure)
+    finally:
+        await other.stop()

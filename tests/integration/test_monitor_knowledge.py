@@ -14,7 +14,7 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.broker import Broker
 from shared.bus import Bus
-from shared.errors import NotFound
+from shared.errors import InvalidQuery, NotFound
 from shared.puller import Puller
 from shared.settings import Settings
 from tests.integration.monitor_parts import Running, Store, knows, ready, reply, start_monitor, until
@@ -264,3 +264,46 @@ async def test_a_broker_restart_loses_no_record(bus: Bus, broker: Broker, settin
         await monitor.stop()
     finally:
         await again.stop()
+
+
+async def test_decisions_under_a_trial_are_told_with_what_came_of_them(bus: Bus, monitor: Running) -> None:
+    """Only those of the trial asked for, oldest first and in parts, with judgement, latency and energy."""
+    for n, version in enumerate((1, 1, 2, 1)):
+        candidates = [
+            m.Candidate(card=name, artifact="small-int8", quality=quality, latency_s=1.0, energy_j=5.0)
+            for name, quality in (("alpha", 0.5), ("beta", 0.4))
+        ]
+        tried = m.Tried(version=version, present="alpha", candidate="beta")
+        decided = m.Route(
+            query_id=f"t{n}", order=["alpha", "beta"], candidates=candidates, reason="best_utility", decided_at=10.0 + n,
+            
+            propensity=0.8, trial=tried,
+        )  # fmt: skip
+        await bus.publish(subjects.DECISION_ROUTE, decided, msg_id=f"t{n}-route")
+    await bus.claim(done("t0"))
+    await _counts(bus, answered=1)
+    given = m.Feedback(query_id="t0", score=0.75)
+    assert isinstance(await reply(bus, codec.to_json(given), subject=subjects.FEEDBACK), m.Ok)
+
+    async def asked(limit: int, after: float = 0.0) -> m.TrialRows:
+        request = m.KnowledgeRequest(id="1", limit=limit, after=after)
+        return await bus.ask(subjects.knowledge("trial"), request, m.TrialRows, 5.0)
+
+    async def all_there() -> m.TrialRows | None:
+        found = await asked(10)
+        return found if len(found.rows) == 3 else None
+
+    whole = await until(all_there)
+    assert not whole.more
+    first, second, _ = whole.rows
+    answer = done("t0").answer
+    assert answer is not None
+    assert (first.at, first.chosen, first.candidate, first.propensity) == (10.0, "alpha", "beta", 0.8)
+    assert first.predicted == [[0.5, 1.0, 5.0], [0.5, 1.0, 5.0], [0.4, 1.0, 5.0]]
+    assert (first.score, first.latency_s, first.energy_j) == (0.75, answer.timings.total_s, answer.energy.joules)
+    assert (second.score, second.latency_s, second.energy_j) == (None, None, None)
+    part = await asked(2)
+    assert (part.more, [r.at for r in part.rows]) == (True, [10.0, 11.0])
+    assert [r.at for r in (await asked(2, after=11.0)).rows] == [13.0]
+    with pytest.raises(InvalidQuery):
+        await bus.ask(subjects.knowledge("trial"), m.KnowledgeRequest(id="x"), m.TrialRows, 5.0)

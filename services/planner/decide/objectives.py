@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from typing import Literal
 
 import msgspec
 
@@ -15,7 +16,7 @@ _NAMES = m.Objectives.__struct_fields__
 
 
 def change(now: m.InForce | None, asked: m.Control, cards: Collection[str], at: float) -> m.InForce:
-    """The objectives after a `set` or a `reset`.
+    """The objectives after a `set`, a `reset` or a `promote` (of which `asked` has the weights).
 
     Raises:
         InvalidObjective: a name that is unknown, a reference that the fleet lacks, or nothing to change.
@@ -49,7 +50,8 @@ def change(now: m.InForce | None, asked: m.Control, cards: Collection[str], at: 
         )
     if (objectives.w_quality, objectives.w_latency, objectives.w_energy) == (0.0, 0.0, 0.0):
         raise InvalidObjective("All three weights are 0: every choice would be as good.", "Set one above 0.")
-    return m.InForce(objectives=objectives, version=version, action="set", at=at, by=asked.by)
+    action: Literal["set", "promote"] = "promote" if asked.action == "promote" else "set"
+    return m.InForce(objectives=objectives, version=version, action=action, at=at, by=asked.by)
 
 
 def own(policy: m.Policy, objectives: m.Objectives) -> m.Policy:
@@ -72,7 +74,9 @@ def effective(policy: m.Policy, in_force: m.InForce | None, moved: m.Moved | Non
     return msgspec.structs.replace(own(policy, in_force.objectives), **changes)
 
 
-def shown(policy: m.Policy | None, in_force: m.InForce | None, moved: m.Moved | None) -> m.ControlState:
+def shown(
+    policy: m.Policy | None, in_force: m.InForce | None, moved: m.Moved | None, trial: m.Trial | None = None
+) -> m.ControlState:
     """What `calm policy show` prints."""
     now = moved if moved is not None and in_force is not None and moved.version == in_force.version else None
     used = effective(policy, in_force, moved) if policy is not None else None
@@ -93,4 +97,5 @@ def shown(policy: m.Policy | None, in_force: m.InForce | None, moved: m.Moved | 
         energy_j_mean=now.energy_j_mean if now else None,
         energy_j_per_hour=now.energy_j_per_hour if now else None,
         infeasible=now.infeasible if now else [],
+        trial=trial,
     )

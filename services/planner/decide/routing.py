@@ -23,6 +23,7 @@ import numpy as np
 
 from services.planner.decide import learned as learning
 from services.planner.decide import patience, scoring
+from services.planner.decide import trial as trials
 from services.planner.decide.learned import Learned
 from services.planner.decide.scoring import Limits, Scores, latency_penalty
 from services.planner.decide.standing import Predictor, Standing, Standings
@@ -47,6 +48,8 @@ class State:
     """Learned quality; the cards' own scores without it."""
     learned: Learned | None = None
     """What judgements say, and which cards are trusted; None leaves both out."""
+    trial: m.Trial | None = None
+    """Weights on trial beside those of the policy."""
     standings: Standings = field(default_factory=Standings)
     """Arrays kept between decisions; a fresh one only costs time."""
 
@@ -69,10 +72,12 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
     candidates = _candidates(analyzed, state, weights, now)
     standing = sorted((c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card))
     reason = _reason(query, standing, candidates)
-    propensity = 1.0
+    propensity, tried = 1.0, None
     if chance is not None and reason == "best_utility":
-        standing, propensity = _explored(standing, weights["w_q"], chance, state.policy.explore)
-        reason = "explored" if standing[0].utility < max(c.utility for c in standing) else reason
+        front = standing[0]
+        standing, propensity, tried = _explored(standing, weights, query, chance, state)
+        if standing[0] is not front and standing[0].card != front.card:
+            reason = "trial" if tried is not None and tried.candidate == standing[0].card else "explored"
     best = standing[0] if standing else None
     second = standing[1] if len(standing) > 1 else None
     return m.Route(
@@ -87,6 +92,7 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         weights=weights,
         patience=_patience(analyzed, state, standing, weights),
         propensity=propensity,
+        trial=tried,
         knowledge_version=state.qos.version,
         learned_version=state.learned.version if state.learned is not None else 0,
         lengths_version=state.learned.lengths_version if state.learned is not None else 0,
@@ -221,19 +227,31 @@ def _patience(
 
 
 def _explored(
-    standing: list[m.Candidate], w_q: float, chance: Chance, budget: float
-) -> tuple[list[m.Candidate], float]:
-    """The candidates with the one that is drawn in front, and the probability that it had."""
-    if not any(c.terms.get("std") for c in standing):  # nothing is known to be uncertain
-        return standing, 1.0
+    standing: list[m.Candidate], weights: Mapping[str, float], query: m.Query, chance: Chance, state: State
+) -> tuple[list[m.Candidate], float, m.Tried | None]:
+    """The candidates with the one that is drawn in front, the probability that it had, and what weights on trial made
+    of it."""
     utility = np.array([c.utility for c in standing])
-    spread = np.array([w_q * c.terms.get("std", 0.0) * c.terms.get("scale", 1.0) for c in standing])
-    share = learning.shares(utility, spread, chance.normal[:, : len(standing)], budget)
+    deviation = np.array([c.terms.get("std", 0.0) * c.terms.get("scale", 1.0) for c in standing])
+    share, tried = _shares(utility, weights, deviation, chance, state.policy), None
+    if state.trial is not None:
+        wanted = weights_of(query.preference, trials.policy_of(state.policy, state.trial))
+        other = trials.utilities(standing, weights, wanted, state.policy)
+        tried = m.Tried(version=state.trial.version, present=standing[0].card, candidate=standing[other.argmax()].card)
+        share = trials.mixture(share, _shares(other, wanted, deviation, chance, state.policy), state.trial.share)
     chosen = learning.draw(share, chance.uniform)
     front = standing[chosen]
-    bonus = {"explore_spread": float(spread[chosen]), "explored": float(chosen != 0)} if spread.any() else {}
-    front = msgspec.structs.replace(front, terms={**front.terms, **bonus})
-    return [front, *standing[:chosen], *standing[chosen + 1 :]], float(share[chosen])
+    if deviation.any():
+        bonus = {"explore_spread": float(weights["w_q"] * deviation[chosen]), "explored": float(chosen != 0)}
+        front = msgspec.structs.replace(front, terms={**front.terms, **bonus})
+    return [front, *standing[:chosen], *standing[chosen + 1 :]], float(share[chosen]), tried
+
+
+def _shares(
+    utility: scoring.Array, weights: Mapping[str, float], deviation: scoring.Array, chance: Chance, policy: m.Policy
+) -> scoring.Array:
+    """[k] probabilities by one policy, exploration included."""
+    return learning.shares(utility, weights["w_q"] * deviation, chance.normal[:, : len(utility)], policy.explore)
 
 
 def _explain(
