@@ -275,8 +275,8 @@ async def test_decisions_under_a_trial_are_told_with_what_came_of_them(bus: Bus,
         ]
         tried = m.Tried(version=version, present="alpha", candidate="beta")
         decided = m.Route(
-            query_id=f"t{n}", order=["alpha", "beta"], candidates=candidates, reason="best_utility", decided_at=10.0 + n,
-            
+            query_id=f"t{n}", order=["alpha", "beta"], candidates=candidates, reason="best_utility",
+            decided_at=10.0 + n,
             propensity=0.8, trial=tried,
         )  # fmt: skip
         await bus.publish(subjects.DECISION_ROUTE, decided, msg_id=f"t{n}-route")
