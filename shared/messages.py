@@ -413,6 +413,7 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     flip: str = ""
     """What would have turned the choice to the runner-up."""
     weights: dict[str, float] = {}
+    """w_q, w_l and w_e, with their scales `latency_slo_s` and `energy_ref_j`."""
     patience: dict[str, int] = {}
     """By card: output tokens after which its answer is cut off, where another card may be asked then."""
     propensity: float = 1.0

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from bench.sim import routers
 from bench.sim.budget import RUNGS, Allowance, Budgeted
 from bench.sim.setting import Plan, Setting, run
-from services.planner.decide.scoring import LN2
 from services.simulator import residency as on_demand
 from services.simulator.engine import Residency, Router, Workload
 from services.simulator.fleet import SimFleet
@@ -20,6 +19,7 @@ from services.simulator.routers import Cascaded, Fixed, Scored
 from shared.errors import DataInvalid
 from shared.learn.cascade import Cascade, play
 from shared.learn.cascade import Plan as CascadePlan
+from shared.utility import LN2
 
 Array = NDArray[Any]
 LATENCY_MARGIN = 0.93

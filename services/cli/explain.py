@@ -7,6 +7,7 @@ from shared import messages as m
 from shared.bus import Bus
 from shared.errors import NotFound
 from shared.settings import Settings
+from shared.utility import utility
 
 _STEPS = ("received", "accepted", "analyzed", "planned", "dispatched", "pulled", "admitted", "first_token", "generated")
 
@@ -38,12 +39,14 @@ def render(record: m.QueryRecord) -> str:
         lines += _route(record.route)
     if record.done is not None:
         lines += _end(record.done)
+    if record.route is not None and record.done is not None and record.done.answer is not None:
+        lines += _realised(record.route, record.done.answer, record.feedback)
     lines += [f"feedback {f.score:g}" + (f" ({f.label})" if f.label else "") for f in record.feedback]
     return "\n".join(lines)
 
 
 def _route(route: m.Route) -> list[str]:
-    weights = ", ".join(f"{name} {value:g}" for name, value in route.weights.items())
+    weights = ", ".join(f"{name} {value:.3g}" for name, value in route.weights.items())
     domains = sorted(route.domains.items(), key=lambda item: -item[1])[:3]
     lines = [
         "",
@@ -77,6 +80,28 @@ def _route(route: m.Route) -> list[str]:
         if terms:
             lines.append(f"      {terms}")
     return lines
+
+
+def _realised(route: m.Route, answer: m.Answer, feedback: list[m.Feedback]) -> list[str]:
+    """What the choice came to, and what was lost by it: the realised regret. Of others only their promise is known."""
+    promised = {
+        c.card: utility(c.quality, c.latency_s, c.energy_j, route.weights) for c in route.candidates if not c.excluded
+    }
+    if not route.order or route.order[0] not in promised:
+        return []
+    chosen = next(c for c in route.candidates if c.card == route.order[0])
+    score, how = (feedback[0].score, "judged") if feedback else (chosen.quality, "predicted, not judged")
+    came = utility(score, answer.timings.total_s, answer.energy.joules, route.weights)
+    line = (
+        f"as it came: utility {came:.3f} (quality {score:.2f}, {how}), where {promised[chosen.card]:.3f} was promised"
+    )
+    others = {card: value for card, value in promised.items() if card != chosen.card}
+    if not others:
+        return [line]
+    best = max(others, key=lambda card: others[card])
+    regret = others[best] - came
+    told = f"regret {regret:.3f}: {best}" if regret > 0.0 else f"no regret: {best}, the next best,"
+    return [f"{line}; {told} promised {others[best]:.3f}"]
 
 
 def _end(done: m.Done) -> list[str]:

@@ -15,10 +15,11 @@ from services.planner.decide.charges import Swap
 from services.planner.decide.demand import Demand, arrived, work_of
 from services.planner.decide.outlook import FORECAST_FROM, Outlook
 from services.planner.decide.rooms import Forecast, Pending
-from services.planner.decide.scoring import LN2, Weights
+from services.planner.decide.scoring import Weights
 from services.simulator.engine import DRAINING, LOADING, READY, Simulation, warm_start
 from services.simulator.fleet import SimFleet
 from shared import messages as m
+from shared.utility import LN2
 
 Array = NDArray[Any]
 STATES: dict[int, Literal["loading", "ready", "draining"]] = {LOADING: "loading", READY: "ready", DRAINING: "draining"}

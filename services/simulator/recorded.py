@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from services.planner.decide.demand import work_of
 from services.planner.decide.outlook import warm_row
 from services.planner.decide.routing import weights_of
-from services.planner.decide.scoring import LN2, Fleet, Weights, slope_of_penalty
+from services.planner.decide.scoring import Fleet, Weights, slope_of_penalty
 from services.simulator import telemetry
 from services.simulator.beliefs import Beliefs
 from services.simulator.engine import Residency, Result, Simulation, Workload
@@ -26,6 +26,7 @@ from services.simulator.routers import Scored
 from services.simulator.telemetry import Run
 from shared import messages as m
 from shared.errors import DataInvalid
+from shared.utility import LN2
 
 Array = NDArray[Any]
 UNUSABLE = -10.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from services.planner.decide import dual, routing
 from shared import messages as m
+from shared.utility import utility
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,15 @@ def run(
                 state = dual.ended(state, objectives, heapq.heappop(pending)[2])
             current = dual.weights(state, objectives, policy)
         kind, size = draw.randrange(KINDS), draw.lognormvariate(-0.18, 0.6)
-        weights = {"w_q": current.w_quality, "w_l": current.w_latency, "w_e": current.w_energy}
+        weights = routing.weights_of(m.Preference(), current)
         expected = [max(min(free[s]) - now, 0.0) + servers[s].service_s for s in range(len(servers))]
         best = max(
             range(len(servers)),
-            key=lambda s: routing.utility(
+            key=lambda s: utility(
                 servers[s].quality[kind],
                 expected[s],
                 servers[s].energy_j,
                 weights,
-                current,
             ),
         )
         slot = min(range(servers[best].slots), key=lambda i: free[best][i])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from services.cli import ask, explain, status
@@ -112,7 +113,8 @@ def test_explain_shows_every_candidate_with_its_terms() -> None:
     )
     out = m.Candidate(card="out", artifact="b", excluded="lacks_tag")
     route = m.Route(
-        query_id="q1", order=["good"], candidates=[out, good], reason="only_candidate", why="why", weights={"w_q": 1.0},
+        query_id="q1", order=["good"], candidates=[out, good], reason="only_candidate", why="why",
+        weights={"w_q": 1.0, "w_l": 0.5, "w_e": 0.1, "latency_slo_s": 4.0, "energy_ref_j": 10.0},
         flip="x would have been chosen with more", domains={"law": 0.9},
     )  # fmt: skip
     done = m.Done(query_id="q1", answer=_answer(), stamps={"received": 1.0, "planned": 1.5})
@@ -121,6 +123,27 @@ def test_explain_shows_every_candidate_with_its_terms() -> None:
     for part in ("good", "fit 1.1", "excluded: lacks_tag", "w_q 1", "law 0.90", "x would have", "planned +500.0 ms"):
         assert part in text
     assert text.index("good ") < text.index("out ")
+
+
+def test_explain_tells_what_the_choice_came_to() -> None:
+    """Realised utility against what was promised, and the regret against the best other candidate's promise."""
+    weights = {"w_q": 1.0, "w_l": 0.0, "w_e": 0.0, "latency_slo_s": 4.0, "energy_ref_j": 10.0}
+    candidates = [m.Candidate(card=card, artifact="a", quality=q) for card, q in (("good", 0.6), ("next", 0.5))]
+    candidates.append(m.Candidate(card="best", artifact="b", quality=0.9, excluded="lacks_tag"))
+    route = m.Route(
+        query_id="q1", order=["good", "next"], candidates=candidates, reason="best_utility", weights=weights
+    )  # fmt: skip
+    record = m.QueryRecord(query_id="q1", state="answered", route=route, done=m.Done(query_id="q1", answer=_answer()))
+
+    def told(score: float | None) -> str:
+        feedback = [] if score is None else [m.Feedback(query_id="q1", score=score)]
+        return explain.render(msgspec.structs.replace(record, feedback=feedback))
+
+    assert "utility 0.200 (quality 0.20, judged), where 0.600 was promised; regret 0.300: next promised 0.500" in told(
+        0.2
+    )
+    assert "no regret: next, the next best, promised 0.500" in told(0.8)
+    assert "quality 0.60, predicted, not judged" in told(None)
 
 
 def test_status_shows_workers_models_and_operations() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from services.planner.decide import cost, routing
 from services.planner.decide.routing import State
 from shared import messages as m
+from shared.utility import utility
 from tests.samples import GB, analyzed, card, engine, spec, worker
 
 POLICY = m.Policy(fleet="f", w_quality=1.0, w_latency=0.3, w_energy=0.1, latency_slo_s=5.0, energy_ref_j=50.0)
@@ -136,11 +137,11 @@ positive = st.floats(0.001, 100.0)
 @given(st.floats(0, 1), positive, positive, weights, weights, weights, st.floats(0, 10))
 def test_utility_is_monotone(q: float, lat: float, j: float, wq: float, wl: float, we: float, more: float) -> None:
     """Utility never falls with quality and never rises with latency or energy."""
-    w = {"w_q": wq, "w_l": wl, "w_e": we}
-    base = routing.utility(q, lat, j, w, POLICY)
-    assert routing.utility(q + more, lat, j, w, POLICY) >= base
-    assert routing.utility(q, lat + more, j, w, POLICY) <= base
-    assert routing.utility(q, lat, j + more, w, POLICY) <= base
+    w = {"w_q": wq, "w_l": wl, "w_e": we, "latency_slo_s": 5.0, "energy_ref_j": 50.0}
+    base = utility(q, lat, j, w)
+    assert utility(q + more, lat, j, w) >= base
+    assert utility(q, lat + more, j, w) <= base
+    assert utility(q, lat, j + more, w) <= base
 
 
 limits = st.builds(

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.planner.decide.scoring import latency_penalty
 from shared import messages as m
+from shared.utility import latency_penalty
 
 Array = NDArray[Any]
 ROWS = 512

@@ -25,10 +25,11 @@ from services.planner.decide import learned as learning
 from services.planner.decide import patience, scoring
 from services.planner.decide import trial as trials
 from services.planner.decide.learned import Learned
-from services.planner.decide.scoring import Limits, Scores, latency_penalty
+from services.planner.decide.scoring import Limits, Scores
 from services.planner.decide.standing import Predictor, Standing, Standings
 from shared import messages as m
 from shared.errors import CalmError, ContextExceeded, NoFeasibleModel
+from shared.utility import latency_penalty
 
 
 @dataclass(frozen=True)
@@ -118,21 +119,14 @@ def refusal(route: m.Route, analyzed: m.Analyzed, state: State) -> CalmError:
 
 
 def weights_of(preference: m.Preference, policy: m.Policy) -> dict[str, float]:
-    """The request's own weights where given, else the fleet's."""
+    """The request's own weights where given, else the fleet's; with their scales."""
     return {
         "w_q": policy.w_quality if preference.quality is None else preference.quality,
         "w_l": policy.w_latency if preference.latency is None else preference.latency,
         "w_e": policy.w_energy if preference.energy is None else preference.energy,
+        "latency_slo_s": policy.latency_slo_s,
+        "energy_ref_j": policy.energy_ref_j,
     }
-
-
-def utility(q: float, latency_s: float, energy_j: float, weights: Mapping[str, float], policy: m.Policy) -> float:
-    """U = w_q q - w_l f(L / SLO) - w_e E / E_ref: monotone in quality, antitone in latency and energy."""
-    return (
-        weights["w_q"] * q
-        - weights["w_l"] * latency_penalty(latency_s / policy.latency_slo_s)
-        - weights["w_e"] * energy_j / policy.energy_ref_j
-    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,7 @@ def _explored(
     share, tried = _shares(utility, weights, deviation, chance, state.policy), None
     if state.trial is not None:
         wanted = weights_of(query.preference, trials.policy_of(state.policy, state.trial))
-        other = trials.utilities(standing, weights, wanted, state.policy)
+        other = trials.utilities(standing, weights, wanted)
         tried = m.Tried(version=state.trial.version, present=standing[0].card, candidate=standing[other.argmax()].card)
         share = trials.mixture(share, _shares(other, wanted, deviation, chance, state.policy), state.trial.share)
     chosen = learning.draw(share, chance.uniform)

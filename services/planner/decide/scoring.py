@@ -26,8 +26,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.utility import LN2
+
 Array = NDArray[Any]
-LN2 = math.log(2.0)
 BROKEN = 1e9
 """Added to what is lost on a worker that breaks a limit: any that keeps it is better."""
 TIE = 1e-9
@@ -346,8 +347,3 @@ def score(
 def slope_of_penalty(latency_slo_s: float) -> float:
     """f'(L), per second, at the objective: what a second costs a query that is just in time."""
     return 0.5 / (LN2 * latency_slo_s)
-
-
-def latency_penalty(ratio: float) -> float:
-    """f(L / SLO): 0 at 0, 1 at the objective, growing ever more slowly beyond it."""
-    return math.log1p(max(ratio, 0.0)) / LN2

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 
 from services.planner.decide import objectives
-from services.planner.decide.scoring import Array, latency_penalty
+from services.planner.decide.scoring import Array
 from shared import messages as m
 from shared.errors import InvalidObjective
+from shared.utility import utility
 
 _NAMES = tuple(objectives.WEIGHTS)
 
@@ -73,16 +74,13 @@ def policy_of(policy: m.Policy, trial: m.Trial) -> m.Policy:
     return msgspec.structs.replace(policy, **_given(trial))
 
 
-def utilities(
-    standing: Sequence[m.Candidate], weights: Mapping[str, float], tried: Mapping[str, float], policy: m.Policy
-) -> Array:
-    """[k] utility of each candidate by the weights `tried` (w_q, w_l, w_e), on the worker that those in force chose for
-    it. Crowding is delay to others and goes with the weight of latency; the burden of a load stays as it was priced."""
+def utilities(standing: Sequence[m.Candidate], weights: Mapping[str, float], tried: Mapping[str, float]) -> Array:
+    """[k] utility of each candidate by the weights `tried` (as `weights_of` gives them), on the worker that those in
+    force chose for it. Crowding is delay to others and goes with the weight of latency; the burden of a load stays as it
+    was priced."""
     by_latency = tried["w_l"] / weights["w_l"] if weights["w_l"] > 0.0 else 0.0
     return np.array([
-        tried["w_q"] * c.quality
-        - tried["w_l"] * latency_penalty(c.latency_s / policy.latency_slo_s)
-        - tried["w_e"] * c.energy_j / policy.energy_ref_j
+        utility(c.quality, c.latency_s, c.energy_j, tried)
         + by_latency * c.terms.get("u_crowding", 0.0)
         + c.terms.get("u_burden", 0.0)
         for c in standing
