@@ -76,8 +76,8 @@ def policy_of(policy: m.Policy, trial: m.Trial) -> m.Policy:
 
 def utilities(standing: Sequence[m.Candidate], weights: Mapping[str, float], tried: Mapping[str, float]) -> Array:
     """[k] utility of each candidate by the weights `tried` (as `weights_of` gives them), on the worker that those in
-    force chose for it. Crowding is delay to others and goes with the weight of latency; the burden of a load stays as it
-    was priced."""
+    force chose for it. Crowding is delay to others and goes with the weight of latency; the burden of a load stays as
+    it was priced."""
     by_latency = tried["w_l"] / weights["w_l"] if weights["w_l"] > 0.0 else 0.0
     return np.array([
         utility(c.quality, c.latency_s, c.energy_j, tried)
