@@ -243,3 +243,5 @@ class Knowledge:
 
     async def _on_qos(self, message: Msg) -> None:
         self.qos = codec.unpack(message.data, m.Qos)
+        if self.models.cards:  # arrays for the new figures, made now and not within a decision
+            self._standings.of(self.models.cards, self.fleet.workers(), self.qos)
