@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import Any
 ENERGIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 OURS, OTHERS = "tab:red", "tab:grey"
 BOUND_QUERIES_PER_SWAP = 20
+SWAPS = (10, 20, 50, 100, 200)
+SECONDS = (0.5, 1, 2, 5, 10, 20, 50)
+LABEL_PX, LABEL_WIDTH_PX = 12, 170
+"""Room that a label takes, in pixels."""
 
 
 def frontier(plt: Any, result: dict[str, Any]) -> Any:
@@ -73,21 +78,29 @@ def online(plt: Any, result: dict[str, Any]) -> Any:
 
 
 def residency(plt: Any, result: dict[str, Any]) -> Any:
-    """Mean latency against queries per swap: to the right and down is better."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    most = max(r["queries_per_swap"] for r in result["runs"].values() if r["queries_per_swap"] != float("inf"))
-    seen: set[tuple[float, float]] = set()
-    for name, r in result["runs"].items():
-        x = min(r["queries_per_swap"], 3 * most)
-        spot = (round(x, 1), round(r["latency_s_mean"], 2))
-        planned = "planned" in name
-        axis.plot(x, r["latency_s_mean"], "o" if planned else "s", color=OURS if planned else OTHERS, markersize=5)
-        if spot not in seen:
-            axis.annotate(name, (x, r["latency_s_mean"]), fontsize=6.5, xytext=(4, 2), textcoords="offset points")
-        seen.add(spot)
-    axis.axvline(BOUND_QUERIES_PER_SWAP, color="black", linewidth=0.8, linestyle=":")
+    """Mean latency against queries per swap: to the right and down is better. Ablations are left out."""
+    figure, axis = plt.subplots(figsize=(9, 5.5))
+    runs = {n: r for n, r in result["runs"].items() if not any(word in n for word in ("no ", "noise"))}
+    most = max(r["queries_per_swap"] for r in runs.values() if math.isfinite(r["queries_per_swap"]))
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.set_xlim(5, 12 * most)
+    axis.set_ylim(0.5, 1.5 * max(r["latency_s_mean"] for r in runs.values()))
+    taken: list[tuple[float, float]] = []
+    for name, r in sorted(runs.items(), key=lambda item: -item[1]["latency_s_mean"]):
+        spot = min(r["queries_per_swap"], 3 * most), r["latency_s_mean"]
+        planned = "planned" in name
+        axis.plot(*spot, "o" if planned else "s", color=OURS if planned else OTHERS, markersize=5)
+        x, y = axis.transData.transform(spot)
+        while any(abs(y - other) < LABEL_PX and abs(x - beside) < LABEL_WIDTH_PX for beside, other in taken):
+            y -= LABEL_PX / 4
+        taken.append((x, y))
+        at = axis.transData.inverted().transform((x + 8, y - 3))
+        axis.annotate(name, spot, xytext=at, fontsize=7, arrowprops={"arrowstyle": "-", "linewidth": 0.3})
+    axis.axvline(BOUND_QUERIES_PER_SWAP, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xticks(SWAPS, [f"{n}" for n in SWAPS])
+    axis.set_yticks(SECONDS, [f"{s:g}" for s in SECONDS])
+    axis.minorticks_off()
     axis.set_xlabel("queries per swap (at the far right: no swap at all)")
     axis.set_ylabel("mean latency (s)")
     return figure
