@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import nats.errors
 
+from services.monitor.confidences import ConfidenceKeeper
 from services.monitor.decide.signals import Signals
 from services.monitor.relearning import Relearning
 from services.monitor.telling import tell
@@ -49,12 +50,21 @@ _OUTCOMES, _READINGS = "outcomes", "readings"
 class Trust:
     """The learner and the cards' standings, owned by the knowledge owner."""
 
-    def __init__(self, bus: Bus, store: Store, writer: Writer, clock: Callable[[], float], log: Any) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        store: Store,
+        writer: Writer,
+        clock: Callable[[], float],
+        log: Any,
+        confidences: ConfidenceKeeper,
+    ) -> None:
         self._bus = bus
         self._store = store
         self._writer = writer
         self._clock = clock
         self._log = log
+        self._confidences = confidences
         self._routes: OrderedDict[str, m.Route] = OrderedDict()
         self._judged: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -180,6 +190,8 @@ class Trust:
         if route is None or candidate is None:
             return  # decided before this version, or the decision has been forgotten: nothing to compare with
         self.judge(card, score, candidate, joined(embedding(route.embedding), route.form), query_id, readable=readable)
+        if readable:
+            await self._confidences.on_judged(query_id, card, score, candidate)
 
     async def _stored(self, query_id: str, card: str) -> tuple[m.Route | None, bool]:
         """The decision on record, and whether the card's answer could be read as far as that is known."""
@@ -231,6 +243,7 @@ class Trust:
         self._changed.add(card)
         if event == "rebased":
             self._learner.changed(card, KEEP_OLD)
+            self._confidences.changed(card)
         detail = {
             "drift": f"answers became worse than predicted, noticed after {after.since or before.since + 1} judgements",
             "restored": "answers are as good as they used to be: trusted again",

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from services.planner.decide import cascade, patience, scoring
 from services.planner.decide import learned as learning
-from services.planner.decide import patience, scoring
 from services.planner.decide.learned import Learned
 from services.planner.decide.scoring import Limits, Scores, latency_penalty
 from services.planner.decide.standing import Predictor, Standing, Standings
@@ -73,6 +73,10 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
     if chance is not None and reason == "best_utility":
         standing, propensity = _explored(standing, weights["w_q"], chance, state.policy.explore)
         reason = "explored" if standing[0].utility < max(c.utility for c in standing) else reason
+    steps: list[m.CascadeStep] = []
+    if cascade.wanted(query, state.policy):
+        standing, steps = _cascade(analyzed, state, standing, weights, now, first=reason == "explored")
+        reason = "cascade" if len(steps) > 1 and reason == "best_utility" else reason
     best = standing[0] if standing else None
     second = standing[1] if len(standing) > 1 else None
     return m.Route(
@@ -80,16 +84,18 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         order=[c.card for c in standing],
         candidates=candidates,
         reason=reason,
-        why=_why(best, second, reason, analyzed.profile),
+        why=_why(best, second, reason, analyzed.profile) + _handed_on(standing, steps),
         runner_up=second.card if second else None,
         margin=best.utility - second.utility if best and second else 0.0,
-        flip=_flip(best, second, weights, state.policy) if best and second else "",
+        flip=_flip(best, second, weights, state.policy) if best and second and len(steps) < 2 else "",
         weights=weights,
         patience=_patience(analyzed, state, standing, weights),
+        cascade=steps,
         propensity=propensity,
         knowledge_version=state.qos.version,
         learned_version=state.learned.version if state.learned is not None else 0,
         lengths_version=state.learned.lengths_version if state.learned is not None else 0,
+        confidence_version=state.learned.lines_version if steps and state.learned is not None else 0,
         domains=analyzed.profile.domains,
         decided_at=now,
         planner=state.planner,
@@ -220,6 +226,17 @@ def _patience(
     )
 
 
+def _cascade(
+    analyzed: m.Analyzed, state: State, standing: list[m.Candidate], weights: Mapping[str, float], now: float, *,
+    first: bool,
+) -> tuple[list[m.Candidate], list[m.CascadeStep]]:  # fmt: skip
+    """The candidates as a cascade asks them, with its steps (`cascade`)."""
+    accepted = analyzed.accepted
+    lines = state.learned.lines if state.learned is not None else {}
+    left_s = accepted.deadline_at - now
+    return cascade.steps(accepted.query, state.policy, standing, lines, weights, state.cards, left_s, first=first)
+
+
 def _explored(
     standing: list[m.Candidate], w_q: float, chance: Chance, budget: float
 ) -> tuple[list[m.Candidate], float]:
@@ -335,6 +352,8 @@ def _why(best: m.Candidate | None, second: m.Candidate | None, reason: str, prof
     figures = f"quality {best.quality:.2f}, about {best.latency_s:.1f} s and {best.energy_j:.0f} J"
     if reason == "asked_for":
         return f"{best.card} was asked for by name ({figures})"
+    if reason == "cascade":
+        return f"{best.card} is asked first ({figures})"
     domain = max(profile.domains.items(), key=lambda item: item[1], default=("general", 0.0))[0]
     if second is None:
         return f"{best.card} is the only model that meets the constraints ({figures})"
@@ -342,6 +361,14 @@ def _why(best: m.Candidate | None, second: m.Candidate | None, reason: str, prof
         f"{best.card} has the best utility for {domain}: {best.utility:.3f} ({figures}),"
         f" before {second.card} with {second.utility:.3f}"
     )
+
+
+def _handed_on(standing: Sequence[m.Candidate], steps: Sequence[m.CascadeStep]) -> str:
+    said = [
+        f"to {following.card} while the chance of being right is below {step.below:.2f}"
+        for step, following in zip(steps, standing[1 : len(steps)], strict=False)
+    ]
+    return "; handed on " + ", ".join(said) if said else ""
 
 
 def _flip(best: m.Candidate, second: m.Candidate, weights: Mapping[str, float], policy: m.Policy) -> str:
