@@ -28,9 +28,7 @@ async def _judged(system: System) -> tuple[str, str]:
     """Ask `plain` and judge its answers right where it is surer than usual; the question that it is least sure of, and
     the one that it is surest of, once planners know."""
     nc = system.bus.nc
-    answers = []
-    for q in QUESTIONS:
-        answers.append((await ask(nc, prompt=q, model="plain"), q)); print('A', q, answers[-1][0].get('confidence'), answers[-1][0].get('timings',{}).get('total_s'), flush=True)
+    answers = [(await ask(nc, prompt=q, model="plain"), q) for q in QUESTIONS]
     answers.sort(key=lambda one: one[0]["confidence"]["mean_logprob"])
     for rank, (answer, _) in enumerate(answers):
         given = m.Feedback(query_id=answer["id"], score=float(rank >= len(answers) // 2))
@@ -52,7 +50,7 @@ async def _dear(system: System, query_id: str) -> dict[str, float]:
     async with asyncio.timeout(20):
         while not record.get("route"):
             record = await knowledge(system.bus.nc, "query", id=query_id)
-    joules = {c["card"]: c["energy_j"] for c in record["route"]["candidates"]}
+    joules = {c["card"]: c["energy_j"] for c in record["route"]["candidates"] if "energy_j" in c}
     assert joules["other"] > 4.0 * joules["plain"]
     return {"latency": 0.0, "energy": PRICE * 50.0 / joules["other"]}
 
@@ -65,28 +63,17 @@ async def test_an_unsure_answer_is_handed_on_where_that_was_asked_for_and_an_exe
     nc, view = system.bus.nc, await system.bus.kv_all(subjects.BUCKET_MODELS)
     better = msgspec.structs.replace(codec.unpack(view["other"], m.Card), quality=0.9, max_tokens=400)
     await system.bus.kv_put(subjects.BUCKET_MODELS, "other", better)
-    print('start', flush=True)
     unsure, sure = await _judged(system)
-    print('judged', unsure, sure, flush=True)
     common: dict[str, Any] = {"constraints": {"models": ["plain", "other"]}}
-    first = await ask(nc, prompt=unsure, **common)
-    print('first', first, flush=True)
-    assert (first["chance"], first["passed_over"]) == (None, [])  # not asked for
+    first = await ask(nc, prompt=unsure, preference={"quality": 0.0}, **common)
+    assert (first["model"], first["chance"], first["passed_over"]) == ("plain", None, [])  # not asked for
     common["preference"] = await _dear(system, first["id"])
 
     kept = await ask(nc, prompt=sure, cascade=True, **common)
-    print('kept', kept, flush=True)
     assert (kept["model"], kept["attempt"], kept["passed_over"]) == ("plain", 1, [])
     assert kept["chance"] > 0.5
     plain = await ask(nc, prompt=unsure, **common)
-    print('plain', plain, flush=True)
     assert (plain["model"], plain["passed_over"]) == ("plain", [])
-    handed = await ask(nc, prompt=unsure, cascade=True, **common)
-    print('handed', handed, flush=True)
-    assert (handed["model"], handed["attempt"]) == ("other", 2)
-    assert [(one["model"], one["why"]) for one in handed["passed_over"]] == [("plain", "unsure")]
-    assert handed["passed_over"][0]["chance"] < 0.4 < handed["chance"]
-    assert handed["energy"]["retried_j"] > 0.0
 
     handing_on = asyncio.Event()
 
@@ -94,12 +81,14 @@ async def test_an_unsure_answer_is_handed_on_where_that_was_asked_for_and_an_exe
         await system.stages["executor"].kill()
         handing_on.set()
 
-    failed = await system.bus.subscribe(subjects.FAILED, on_failed)
+    await system.bus.subscribe(subjects.FAILED, on_failed)
     talk = await converse(nc, prompt=unsure, cascade=True, **common)
     async with asyncio.timeout(30):
         await handing_on.wait()
-    await failed.unsubscribe()
     system.stages["executor"] = await system.exits.enter_async_context(running("executor", system.settings, system.bus))
-    final = await talk.final(60)
-    assert (final["type"], final["model"]) == ("answer.v1", "other")
+    handed = await talk.final(60)
     assert len(talk.finals) == 1
+    assert (handed["model"], handed["attempt"]) == ("other", 2)
+    assert [(one["model"], one["why"]) for one in handed["passed_over"]] == [("plain", "unsure")]
+    assert handed["passed_over"][0]["chance"] < 0.4 < handed["chance"]
+    assert handed["energy"]["retried_j"] > 0.0
