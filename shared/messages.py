@@ -117,6 +117,9 @@ class Query(_Public, frozen=True, kw_only=True, tag="query.v1"):
     retries: Annotated[int, Meta(ge=0, le=8)] | None = None
     """So many further models of the route are asked, one after the other, while nothing can be read and there is time;
     the fleet's own number (0 unless its file says otherwise) when left out."""
+    cascade: bool | None = None
+    """Whether an answer that is likely wrong, by the model's own confidence, is handed on to another model where that
+    is worth its time and energy; as the fleet's file says (`false` unless it does) when left out."""
     metadata: dict[str, str] = {}
     """Kept with the query in the knowledge base."""
 
@@ -228,6 +231,17 @@ class Reading(_Public, frozen=True, kw_only=True):
     why not (`nothing`, `several`, `cut_off`, `no_json`, `keys_missing`)."""
 
 
+class PassedOver(_Public, frozen=True, kw_only=True):
+    """Another attempt of a query, whose answer was not given."""
+
+    model: str
+    attempt: int
+    why: str
+    """`unsure`, or, where it could not be read, as in `Reading`."""
+    chance: float | None = None
+    """Of being right; null without `cascade`."""
+
+
 class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
     """The final answer to a query: the last message of a stream, the only one otherwise. Its text is the whole answer,
     whatever chunks came before."""
@@ -247,6 +261,10 @@ class Answer(_Public, frozen=True, kw_only=True, tag="answer.v1"):
     """One sentence: why this model. `calm explain ID` has the whole decision."""
     reading: Reading | None = None
     """Null when nothing was expected of the answer."""
+    chance: float | None = None
+    """Of being right, by the model's confidence and what judgements say of that; null without `cascade`."""
+    passed_over: list[PassedOver] = []
+    """Answers of this query that were not given, in the order in which that was known."""
 
 
 class Trial(_Public, frozen=True, kw_only=True, tag="trial.v1"):
@@ -395,6 +413,22 @@ class Tried(_Internal, frozen=True, kw_only=True):
     """and that which the weights on trial do."""
 
 
+class CascadeStep(_Internal, frozen=True, kw_only=True):
+    """A card of a route whose answers may be handed on. Of an answer with mean log-probability c, the chance of being
+    right is 1 / (1 + exp(-(level + slope c)))."""
+
+    level: float
+    slope: float
+    below: float = 0.0
+    """While the best answer has a lower chance than this, the next card of the route is worth asking."""
+    chance: float = 0.0
+    """Expected before it is asked."""
+    reached: float = 1.0
+    """Probability that it is asked at all."""
+    latency_s: float = 0.0
+    """Of this attempt alone, as expected."""
+
+
 class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """A routing decision, also published on `calm.decision.route`."""
 
@@ -403,7 +437,7 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """Cards to try, best first; empty when no candidate stood."""
     candidates: list[Candidate]
     reason: str
-    """Reason code: `best_utility`, `explored`, `trial`, `asked_for`, `only_candidate`, `no_feasible_model`,
+    """Reason code: `best_utility`, `explored`, `trial`, `cascade`, `asked_for`, `only_candidate`, `no_feasible_model`,
     `context_exceeded`."""
     why: str = ""
     """The reason as one sentence for people."""
@@ -416,6 +450,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """w_q, w_l and w_e, with their scales `latency_slo_s` and `energy_ref_j`."""
     patience: dict[str, int] = {}
     """By card: output tokens after which its answer is cut off, where another card may be asked then."""
+    cascade: list[CascadeStep] = []
+    """Of the first cards of `order`; empty without `cascade`, and where no answer is worth handing on."""
     propensity: float = 1.0
     """Probability with which the policy took this choice."""
     trial: Tried | None = None
@@ -425,6 +461,8 @@ class Route(_Internal, frozen=True, kw_only=True, tag="route.v1"):
     """Of the learned quality; 0 when the cards' own scores were used."""
     lengths_version: int = 0
     """Of the learned lengths of answers; 0 when means stood for them."""
+    confidence_version: int = 0
+    """Of what confidences say; 0 where that was not asked."""
     objectives_version: int = 0
     embedding: bytes = b""
     """The query's sentence embedding, little-endian float16: what its judgement is learned with,"""
@@ -478,8 +516,11 @@ class Work(_Internal, frozen=True, kw_only=True, tag="work.v1"):
     """The query's, else the card's."""
     retries: int = 0
     """Further models that may be asked when this answer cannot be read."""
+    cascade: CascadeStep | None = None
+    """Of this card, where its answer may be handed on."""
     unread: Done | None = None
-    """How the query ends when no later attempt does better: the latest answer, which could not be read."""
+    """How the query ends when no later attempt does better: the answer likeliest to be right so far, or, where none
+    could be read, the latest."""
     stamps: dict[str, float] = {}
 
 
@@ -493,19 +534,19 @@ class AttemptFailed(_Internal, frozen=True, kw_only=True, tag="attempt_failed.v1
     """The highest attempt number used so far."""
     at: float
     unread: Done | None = None
-    """The answer, where it was finished and cannot be read (`unreadable`): the end of the query unless another model is
-    asked."""
+    """The answer, where it was finished and cannot be read (`unreadable`) or is likely wrong (`unsure`): the end of the
+    query unless another model is asked. Where an earlier one is likelier to be right, that."""
 
 
 class Unread(_Internal, frozen=True, kw_only=True):
-    """An earlier attempt of a query, whose answer could not be read and was not taken."""
+    """Another attempt of a query, whose answer was not taken: it could not be read, or was less likely right."""
 
     card: str
     artifact: str
     worker: str
     attempt: int
     why: str
-    """As in `Reading`."""
+    """As in `PassedOver`."""
     tokens_in: int = 0
     tokens_out: int = 0
     finish_reason: Literal["stop", "length"] = "stop"
@@ -514,6 +555,13 @@ class Unread(_Internal, frozen=True, kw_only=True):
     """From its dispatch to its last token."""
     text: str = ""
     """The end of what it wrote."""
+    readable: bool | None = False
+    """Null when nothing was expected of it."""
+    value: str | None = None
+    """What was read in it."""
+    mean_logprob: float | None = None
+    chance: float | None = None
+    """As in `Answer`."""
 
 
 class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
@@ -541,7 +589,7 @@ class Done(_Internal, frozen=True, kw_only=True, tag="done.v1"):
     tokens_accepted: int = 0
     """Of these, those that were right: each saved a step."""
     unread: list[Unread] = []
-    """Earlier attempts whose answers could not be read, first to last."""
+    """Other attempts, whose answers were not taken, in the order in which that was known."""
     rejected: bool = False
     """True for bad input that was never accepted; kept for the statistics only."""
 
@@ -718,6 +766,8 @@ class Policy(_Internal, frozen=True, kw_only=True, tag="policy.v1"):
     """A query waits at most about this long for a model that is not resident before another must leave."""
     retries: int = 0
     """Further models that are asked when an answer cannot be read, for queries that do not say."""
+    cascade: bool = False
+    """Whether answers that are likely wrong are handed on, for queries that do not say."""
 
 
 class InForce(_Internal, frozen=True, kw_only=True, tag="in_force.v1"):
@@ -768,7 +818,7 @@ class CardStanding(_Internal, frozen=True, kw_only=True, tag="card_standing.v1")
 class LearnedPart(_Internal, frozen=True, kw_only=True, tag="learned_part.v1"):
     """KV `calm_control`, key `learned.<name>.<index>`: a piece of learned parameters, small enough for a message."""
 
-    name: Literal["quality", "length"]
+    name: Literal["quality", "length", "confidence"]
     version: int
     index: int
     count: int

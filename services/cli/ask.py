@@ -67,6 +67,7 @@ def query_of(arguments: argparse.Namespace, prompt: str, query_id: str) -> m.Que
         preference=m.Preference(quality=weights[0], latency=weights[1], energy=weights[2]),
         expect=expected(arguments.expect),
         retries=arguments.retries,
+        cascade=arguments.cascade,
     )
 
 
@@ -85,9 +86,10 @@ def summary(answer: m.Answer, first_s: float | None, total_s: float) -> str:
         )
         if seconds >= 0.05
     )
+    said = read(answer) + others(answer) + answer.why
     return (
         f"{answer.model} on {answer.worker}: {first}{total_s:.2f} s in all, {out} tokens, {speed:.0f} tokens/s, "
-        f"{answer.energy.joules:.1f} J{estimated}{waited}\n{read(answer)}{answer.why}\nquery {answer.id}"
+        f"{answer.energy.joules:.1f} J{estimated}{waited}\n{said}\nquery {answer.id}"
     )
 
 
@@ -97,6 +99,17 @@ def read(answer: m.Answer) -> str:
         return ""
     how = answer.reading.why.replace("_", " ")
     return f"read: {answer.reading.value} ({how})\n" if answer.reading.value is not None else f"not readable: {how}\n"
+
+
+def others(answer: m.Answer) -> str:
+    """A line on how likely the answer is right and on those that were passed over; empty where neither is known."""
+    sure = "" if answer.chance is None else f"right with a chance of {answer.chance:.2f}"
+    passed = ", ".join(
+        f"{one.model} ({one.why.replace('_', ' ')}{'' if one.chance is None else f', {one.chance:.2f}'})"
+        for one in answer.passed_over
+    )
+    said = "; ".join(part for part in (sure, passed and f"passed over: {passed}") if part)
+    return f"{said}\n" if said else ""
 
 
 async def ask(arguments: argparse.Namespace, settings: Settings) -> int:

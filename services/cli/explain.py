@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
@@ -67,6 +69,7 @@ def _route(route: m.Route) -> list[str]:
     if route.patience:
         told = ", ".join(f"{card} after {tokens}" for card, tokens in route.patience.items())
         lines.append(f"  cut off, where another card may be asked then: {told} tokens")
+    lines += _cascade(route)
     lines += ["", f"  {'card':22}{'artifact':24}{'utility':>8}{'quality':>9}{'latency':>10}{'energy':>9}"]
     order = {card: rank for rank, card in enumerate(route.order)}
     for c in sorted(route.candidates, key=lambda c: order.get(c.card, 999)):
@@ -104,6 +107,29 @@ def _realised(route: m.Route, answer: m.Answer, feedback: list[m.Feedback]) -> l
     return [f"{line}; {told} promised {others[best]:.3f}"]
 
 
+def _passed(one: m.Unread) -> str:
+    if one.readable is False:
+        return f"nothing readable ({one.why.replace('_', ' ')})"
+    sure = "" if one.chance is None else f" with a chance of {one.chance:.2f}"
+    return f"right{sure}, read: {one.value}" if one.value is not None else f"right{sure}"
+
+
+def _cascade(route: m.Route) -> list[str]:
+    lines = []
+    for rank, step in enumerate(route.cascade):
+        asked = "" if rank == 0 else f"asked with probability {step.reached:.2f}, "
+        below = f"; below {step.below:.2f}{_surety(step)} {route.order[rank + 1]} is asked" if step.below else ""
+        lines.append(f"  cascade: {route.order[rank]}, {asked}right with a chance of {step.chance:.2f}{below}")
+    return lines
+
+
+def _surety(step: m.CascadeStep) -> str:
+    """The mean log-probability at which an answer's chance is the step's limit."""
+    if not step.slope or not 0.0 < step.below < 1.0:
+        return ""
+    return f" (mean log-probability {(math.log(step.below / (1.0 - step.below)) - step.level) / step.slope:.2f})"
+
+
 def _end(done: m.Done) -> list[str]:
     lines = [""]
     if done.failure is not None:
@@ -120,11 +146,13 @@ def _end(done: m.Done) -> list[str]:
             + (f" other attempts {t.retried_s:.3f} s," if t.retried_s else "")
             + f" total {t.total_s:.3f} s",
         ]
+        if a.chance is not None:
+            lines.append(f"  right with a chance of {a.chance:.2f}")
         if a.reading is not None:
             read = "not readable" if a.reading.value is None else f"read: {a.reading.value[:200]}"
             lines.append(f"  {read} ({a.reading.why.replace('_', ' ')})")
     lines += [
-        f"  before, {one.card} on {one.worker} gave nothing readable ({one.why.replace('_', ' ')}) in"
+        f"  not given: {one.card} on {one.worker}, {_passed(one)}, in"
         f" {one.seconds:.2f} s, {one.tokens_out} tokens, {one.energy_j:.1f} J: ...{one.text[-80:]!r}"
         for one in done.unread
     ]

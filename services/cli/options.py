@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         help="what the answer must look like: choice:A,B,C  number  json  json:KEY,KEY  contains:TEXT,TEXT",
     )
     ask.add_argument("--retries", type=int, metavar="N", help="ask N further models while nothing can be read")
+    ask.add_argument(
+        "--cascade",
+        action=argparse.BooleanOptionalAction,
+        help="hand an answer that is likely wrong on to another model, or not; as the fleet says when left out",
+    )
     ask.add_argument("--low-priority", action="store_true")
     ask.add_argument("--no-stream", action="store_true")
     ask.add_argument("--json", action="store_true", help="print the final message as JSON")

@@ -174,12 +174,12 @@ class Executor:
             self._log.info("ended", code=failure.code)
 
     async def _settle(self, done: m.Done, *, resend: bool) -> None:
-        """End a query with an answer that could not be read: nothing better has come."""
+        """End a query with an answer that had been handed on: nothing better has come."""
         now = self._clock()
         done = unread.settled(done, now)
         done = msgspec.structs.replace(done, stamps=m.stamp(done.stamps, **{unread.SETTLED: now}))
         if await self._bus.finish(done, resend=resend):
-            self._log.info("ended", code="unreadable")
+            self._log.info("ended", code="settled")
 
     @property
     def _retries(self) -> int:
@@ -226,7 +226,7 @@ class Executor:
             await message.ack()
 
     async def _on_failed_anywhere(self, message: Msg) -> None:
-        """Every executor hears of an answer that could not be read: one of them supervises its query."""
+        """Every executor hears of an answer that is handed on: one of them supervises its query."""
         with contextlib.suppress(msgspec.ValidationError, msgspec.DecodeError):  # `_on_failed` buries it
             failed = codec.unpack(message.data, m.AttemptFailed)
             if failed.unread is not None and (entry := self._supervision.get(failed.work.query_id)) is not None:

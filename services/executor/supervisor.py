@@ -22,7 +22,7 @@ class Supervised:
     first_dispatched: float | None = None
     """Unix seconds; None before the first attempt."""
     unread: m.Done | None = None
-    """The end of the latest attempt whose answer could not be read: taken when nothing better comes in time."""
+    """How it ends with what was handed on so far: taken when nothing better comes in time."""
     sequence: int = 0
     """Of the work message, so that it can be withdrawn from the queue."""
 

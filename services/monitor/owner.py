@@ -12,6 +12,7 @@ from nats.aio.subscription import Subscription
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.monitor.answers import Answers
+from services.monitor.confidences import ConfidenceKeeper
 from services.monitor.ends import Ends
 from services.monitor.learning import Learning
 from services.monitor.lengths import LengthKeeper
@@ -48,7 +49,8 @@ class Base:
         self._store = Store(context.settings.database_url)
         self._writer = Writer(self._store)
         self._learning = Learning(self._bus, self._store, self._writer, context.clock)
-        self._trust = Trust(self._bus, self._store, self._writer, context.clock, context.log)
+        self._confidences = ConfidenceKeeper(self._bus, self._store, self._writer, context.clock, context.log)
+        self._trust = Trust(self._bus, self._store, self._writer, context.clock, context.log, self._confidences)
         self._lengths = LengthKeeper(self._bus, self._store, self._writer, context.clock, context.log)
         self._ends = Ends(self._on_answered)
         self._probing = Probing(
@@ -88,6 +90,7 @@ class Base:
         await self._store.open()
         self._writer.start()
         await self._learning.start()
+        await self._confidences.start()
         await self._trust.start()
         await self._lengths.start()
         await self._recorder.start()
@@ -109,6 +112,7 @@ class Base:
             last.push_async_callback(self._writer.stop)
             last.push_async_callback(self._learning.stop)
             last.push_async_callback(self._lengths.stop)
+            last.push_async_callback(self._confidences.stop)
             last.push_async_callback(self._trust.stop)
             last.push_async_callback(self._recorder.stop, timeout_s)
             last.push_async_callback(self._answers.stop, timeout_s)
@@ -121,6 +125,7 @@ class Base:
         """Keep the cards as published."""
         self._trust.use(list(self._registry.cards or {}))
         self._lengths.use(list(self._registry.cards or {}))
+        self._confidences.use(list(self._registry.cards or {}))
         for card in (self._registry.cards or {}).values():
             self._writer.note("models", rows.card(card, self._context.clock()))
 
@@ -135,6 +140,7 @@ class Base:
     def _on_done(self, done: m.Done) -> None:
         self._learning.on_done(done)
         self._trust.on_done(done)
+        self._confidences.on_done(done)
         self._ends.on_done(done)
 
     def _on_answered(self, done: m.Done, embedding: bytes, form: bytes) -> None:

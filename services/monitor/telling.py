@@ -13,7 +13,7 @@ PIECE_BYTES = 512 * 1024
 """Learned parameters travel in pieces of this size, below NATS's default payload limit of 1 MiB."""
 
 
-async def tell(bus: Bus, name: Literal["quality", "length"], version: int, learned: bytes) -> None:
+async def tell(bus: Bus, name: Literal["quality", "length", "confidence"], version: int, learned: bytes) -> None:
     """Put every piece of a version into the control bucket; planners take it up once they have all."""
     parts = pieces(learned, PIECE_BYTES)
     for index, piece in enumerate(parts):

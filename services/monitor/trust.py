@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import nats.errors
 
+from services.monitor.confidences import ConfidenceKeeper
 from services.monitor.decide.signals import Signals
+from services.monitor.relearning import Relearning
 from services.monitor.telling import tell
 from services.monitor.writer import Writer
 from shared import messages as m
@@ -23,9 +25,10 @@ from shared.knowledge.store import Store
 from shared.learn import standing
 from shared.learn.features import FORM, joined
 from shared.learn.kept import embedding
-from shared.learn.live import Array, Learner, first_quality
+from shared.learn.live import Array
+from shared.learn.live_relearn import SteppedLearner
 from shared.learn.standing import Standing
-from shared.tasks import end, in_background
+from shared.tasks import end
 from shared.unread import taken
 
 TELL_S = 1.0
@@ -47,17 +50,27 @@ _OUTCOMES, _READINGS = "outcomes", "readings"
 class Trust:
     """The learner and the cards' standings, owned by the knowledge owner."""
 
-    def __init__(self, bus: Bus, store: Store, writer: Writer, clock: Callable[[], float], log: Any) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        store: Store,
+        writer: Writer,
+        clock: Callable[[], float],
+        log: Any,
+        confidences: ConfidenceKeeper,
+    ) -> None:
         self._bus = bus
         self._store = store
         self._writer = writer
         self._clock = clock
         self._log = log
+        self._confidences = confidences
         self._routes: OrderedDict[str, m.Route] = OrderedDict()
         self._judged: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._unread: OrderedDict[tuple[str, str], None] = OrderedDict()
         """Answers that could not be read, by query and card."""
-        self._learner = Learner(())
+        self._learner = SteppedLearner(())
+        self._relearning = Relearning(self._learner, self._on_relearned, log)
         self._standings: dict[str, Standing] = {}
         self._reasons: dict[str, tuple[str, float]] = {}
         self._version = 0
@@ -71,10 +84,9 @@ class Trust:
         self._stored_at = self._outcomes_at = clock()
         self._stored_version = 0
         self._task: asyncio.Task[None] | None = None
-        self._beginning: asyncio.Task[None] | None = None
 
     @property
-    def learner(self) -> Learner:
+    def learner(self) -> SteppedLearner:
         return self._learner
 
     @property
@@ -93,7 +105,8 @@ class Trust:
         if learned is not None:
             self._version = self._stored_version = learned[0]
             try:
-                self._learner = Learner.from_bytes(learned[1])
+                self._learner = SteppedLearner.from_bytes(learned[1])
+                self._relearning = Relearning(self._learner, self._on_relearned, self._log)
                 if outcomes is not None:
                     self._learner.take_outcomes(outcomes[1])
                 if readings is not None:
@@ -114,7 +127,7 @@ class Trust:
         if self._judging:
             await asyncio.wait(self._judging, timeout=RECORDED_S + 1.0)
         await end(self._judging)
-        await end([self._beginning])
+        await self._relearning.stop()
         if self._task is not None:
             await end([self._task])
             self._keep(outcomes=True)
@@ -133,13 +146,10 @@ class Trust:
             awaited.set()
         x = joined(embedding(route.embedding), route.form)
         if route.embedding and (first := self._learner.seen(x)) is not None:
-            self._beginning = asyncio.create_task(self._begin(first, len(FORM) if route.form else 0))
+            self._relearning.topics(first, len(FORM) if route.form else 0)
         self._symptoms += self._signals.routed(route, self._clock())
 
-    async def _begin(self, first: Array, form: int) -> None:
-        """Make the topics from features [n, d], of which the last `form` are facts about texts."""
-        cards = self._learner.cards
-        self._learner.begin(await in_background(lambda: first_quality(cards, first, form)))
+    def _on_relearned(self) -> None:
         self._fresh = True
 
     def on_done(self, done: m.Done) -> None:
@@ -180,6 +190,8 @@ class Trust:
         if route is None or candidate is None:
             return  # decided before this version, or the decision has been forgotten: nothing to compare with
         self.judge(card, score, candidate, joined(embedding(route.embedding), route.form), query_id, readable=readable)
+        if readable:
+            await self._confidences.on_judged(query_id, card, score, candidate)
 
     async def _stored(self, query_id: str, card: str) -> tuple[m.Route | None, bool]:
         """The decision on record, and whether the card's answer could be read as far as that is known."""
@@ -215,6 +227,7 @@ class Trust:
             readable=readable,
         ):  # fmt: skip
             self._fresh = True
+            self._relearning.look()
         if event is not None:
             self._happened(card, event, before, after)
 
@@ -230,6 +243,7 @@ class Trust:
         self._changed.add(card)
         if event == "rebased":
             self._learner.changed(card, KEEP_OLD)
+            self._confidences.changed(card)
         detail = {
             "drift": f"answers became worse than predicted, noticed after {after.since or before.since + 1} judgements",
             "restored": "answers are as good as they used to be: trusted again",

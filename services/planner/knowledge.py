@@ -21,6 +21,7 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
+from shared.learn import confidence
 from shared.learn.live import Learner
 from shared.learn.live_length import Lengths
 from shared.views import ControlView, FleetView, ModelsView
@@ -54,6 +55,7 @@ class Knowledge:
         self._standings = Standings()
         self._learner: tuple[int, Learner | None] = (0, None)
         self._lengths: tuple[int, Lengths | None] = (0, None)
+        self._lines: tuple[int, dict[str, confidence.Line]] = (0, {})
         self._outlook = Outlook(())
         self._charges: dict[str, tuple[float, float, float]] = {}
         self._charged_at = 0.0
@@ -103,10 +105,17 @@ class Knowledge:
                 self._lengths = (told[0], Lengths.from_bytes(told[1]))
             except ValueError:
                 self._lengths = (told[0], None)
+        told = self.control.learned.get("confidence")
+        if told is not None and told[0] != self._lines[0]:
+            try:
+                self._lines = (told[0], confidence.heard(told[1]))
+            except ValueError:
+                self._lines = (told[0], {})
         version, learner = self._learner
         return Learned(
             learner, version if learner is not None else 0, self.control.standings,
             self._lengths[1], self._lengths[0] if self._lengths[1] is not None else 0,
+            self._lines[1], self._lines[0] if self._lines[1] else 0,
         )  # fmt: skip
 
     def specs(self) -> dict[str, m.ArtifactSpec]:

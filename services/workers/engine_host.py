@@ -395,7 +395,7 @@ class EngineHost:
             tokens_drafted=end.tokens_drafted,
             tokens_accepted=end.tokens_accepted,
         )
-        if work.expect is None and work.unread is None:
+        if work.expect is None and work.unread is None and work.cascade is None:
             await self._bus.finish(done, resend=resend, chunk=rest)
         else:
             await self._end_read(job, unread.ended(work, done), rest, resend=resend)
@@ -413,12 +413,14 @@ class EngineHost:
         )
 
     async def _end_read(self, job: _Job, done: m.Done, rest: m.Chunk | None, *, resend: bool) -> None:
-        """The end of an answer that was to be read: when it cannot be, an executor may ask another model."""
+        """The end of an answer that was to be read, or may be handed on: then an executor may ask another model."""
         ended = resend and await self._bus.claimed(done.query_id) is not None
         if ended or not unread.may_go_on(job.work, done):
+            if done.answer is not None and done.answer.model != job.work.card:  # an earlier one is likelier right
+                done, rest = unread.settled(done, self._clock()), None
             await self._bus.finish(done, resend=resend, chunk=rest)
             return
-        failed = unread.failed(job.work, done, self._clock())
+        failed = unread.failed(job.work, done, self._clock(), job.attempt)
         await self._bus.publish(subjects.FAILED, failed, msg_id=f"{done.query_id}-failed-{job.attempt}")
 
     async def _give_up(self, job: _Job, error: CalmError, *, resend: bool = False) -> None:
@@ -475,5 +477,6 @@ def _why(work: m.Work) -> str:
     if work.rank == 0:
         return route.why
     if work.unread is not None:
-        return f"{work.card} took over after {work.unread.card} gave nothing readable; {route.why}"
+        what = "gave nothing readable" if work.unread.answer and unread.unreadable(work.unread.answer) else "was unsure"
+        return f"{work.card} took over after {work.unread.card} {what}; {route.why}"
     return f"{work.card} took over after {route.order[work.rank - 1]} failed; {route.why}"

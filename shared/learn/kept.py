@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from shared.learn import signs
@@ -15,7 +16,7 @@ from shared.learn.live_patience import Table, tables
 from shared.learn.signs import Signs
 
 
-class Kept(msgspec.Struct):
+class Kept(msgspec.Struct, frozen=True, gc=False):
     """One judgement that was learned from."""
 
     x: bytes
@@ -28,11 +29,16 @@ class Kept(msgspec.Struct):
     """Of the answer, as it was learned (`signs`)."""
 
     @property
-    def embedding(self) -> NDArray[Any]:
+    def features(self) -> NDArray[Any]:
         return embedding(self.x)
 
+    @property
+    def width(self) -> int:
+        """How many features they are."""
+        return len(self.x) // 2
 
-class Heard(msgspec.Struct):
+
+class Heard(msgspec.Struct, frozen=True, gc=False):
     """Whether one answer could be read, and how long it was."""
 
     x: bytes
@@ -43,6 +49,15 @@ class Heard(msgspec.Struct):
     """0 where that is not known."""
     limited: bool = False
     """It was to be cut off where it rambles (`live_patience`), so its length and its score may not be its own."""
+
+    @property
+    def features(self) -> NDArray[Any]:
+        return embedding(self.x)
+
+    @property
+    def width(self) -> int:
+        """How many features they are."""
+        return len(self.x) // 2
 
 
 K = TypeVar("K", Kept, Heard)
@@ -60,8 +75,13 @@ def learned_signs(heard: Readings, kept: Outcomes) -> Signs:
 
 
 def learned_tables(heard: Readings, kept: Outcomes) -> dict[str, Table]:
-    """What cutting answers off would gain, by card. Unreadable answers are known to be worth nothing, readable ones
-    only where they were judged: so an unreadable one counts as much as the share of readable ones that are judged."""
+    """What cutting answers off would gain, by card."""
+    return tables(scored(heard, kept))
+
+
+def scored(heard: Readings, kept: Outcomes) -> dict[str, list[tuple[int, float, float]]]:
+    """Answers with known scores, for `live_patience.tables`. Unreadable answers are known to be worth nothing, readable
+    ones only where they were judged: so an unreadable one counts as much as the share of readable ones that are."""
     free = {key: one for key, one in heard.items() if one.tokens > 0 and not one.limited}
     counts: dict[str, list[int]] = {}
     for key, one in free.items():
@@ -76,7 +96,7 @@ def learned_tables(heard: Readings, kept: Outcomes) -> dict[str, Table]:
             answers.setdefault(key[1], []).append((one.tokens, kept[key].score, 1.0))
         elif not one.readable and judged:
             answers.setdefault(key[1], []).append((one.tokens, 0.0, judged / every))
-    return tables(answers)
+    return answers
 
 
 def encoded(records: Mapping[tuple[str, str], Any]) -> bytes:
@@ -91,6 +111,12 @@ def decoded(data: bytes, kind: type[K], cards: Sequence[str], what: str) -> Orde
     except msgspec.MsgspecError as error:
         raise ValueError(f"no {what}: {error}") from None
     return OrderedDict(((query_id, card), one) for query_id, card, one in found if card in cards)
+
+
+def weakened(records: OrderedDict[tuple[str, str], K], card: str, keep: float) -> None:
+    """A card has changed: what is kept of it counts `keep` (0 to 1) of what it did."""
+    for key in [key for key in records if key[1] == card]:
+        records[key] = replace(records[key], weight=records[key].weight * keep)
 
 
 def embedding(data: bytes) -> NDArray[Any]:

@@ -9,7 +9,8 @@ query and card, so that a second judgement of an answer takes the place of the f
 Of answers that something was expected of, the sign is learned (`signs`: can they be read, and how long are they), from
 all of them, judged or not: what such a query may expect of a card is the expected sign times the quality, which
 judgements of readable answers teach. A judgement of an unreadable answer teaches nothing further: it is worth nothing.
-Every `RESIGN` judgements signs are learned anew, and as long as all answers are kept what follows from them too.
+Every `RESIGN` judgements signs are learned anew, and as long as all answers are kept what follows from them too: at
+once, or in steps between which the learner goes on (`live_relearn`).
 
 Features of a query are its embedding and plain facts about its text (`features.joined`), or an embedding alone.
 """
@@ -17,18 +18,19 @@ Features of a query are its embedding and plain facts about its text (`features.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.bounded import put
-from shared.learn import arrays
-from shared.learn.kept import Heard, Kept, decoded, embedding, encoded, learned_signs, learned_tables
+from shared.learn import arrays, relearned
+from shared.learn.kept import Heard, Kept, decoded, encoded, weakened
 from shared.learn.live_patience import Table
-from shared.learn.quality import Outcome, QualityModel
+from shared.learn.quality import QualityModel
 from shared.learn.readable import READABLE, ReadableQuality, beyond
 from shared.learn.signs import Signs
 from shared.learn.topics import NESTED
@@ -81,6 +83,8 @@ class Learner:
         self.signs = Signs()
         self.patience: dict[str, Table] = {}
         """What cutting off the answers of a card would gain, where that is known."""
+        self.stepped = False
+        """What falls due is seen to by others, in steps."""
         self._resigned = 0
         self._recent: deque[Array] = deque(maxlen=RENEW[-1])
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
@@ -105,8 +109,13 @@ class Learner:
 
     def begin(self, quality: QualityModel) -> None:
         """Learn from now on with these topics; what is kept is learned again."""
-        self.topics_version += 1
-        self._relearn(quality)
+        for _ in self.relearning(quality):
+            pass
+
+    @property
+    def due(self) -> bool:
+        """Whether signs are to be learned anew."""
+        return self.quality is not None and self.judgements >= self._resigned + RESIGN
 
     def heard(
         self, card: str, x: Array, readable: bool, query_id: str, tokens: int = 0, *, limited: bool = False
@@ -125,7 +134,7 @@ class Learner:
         if self.quality is None or self.readable is None or len(x) != len(self.quality.topics.centre):
             return False
         sign = self.signs.of(card, tokens, readable=readable)
-        ReadableQuality(self.readable, self.quality).heard(embedding(heard.x), self.cards.index(card), sign)
+        ReadableQuality(self.readable, self.quality).heard(heard.features, self.cards.index(card), sign)
         return True
 
     def judged(
@@ -139,7 +148,8 @@ class Learner:
         heard = self._heard.get((query_id, card)) if query_id else None
         if not readable or (heard is not None and not heard.readable):
             return False
-        kept = Kept(np.asarray(x, "<f2").tobytes(), prior, score)
+        sign = self.signs.of(card, heard.tokens if heard is not None else 0)
+        kept = Kept(np.asarray(x, "<f2").tobytes(), prior, score, sign=sign)
         if self.quality is None or self.readable is None:
             if query_id and not self.knows(query_id, card):
                 self.judgements += 1
@@ -151,14 +161,14 @@ class Learner:
         before = self._kept.pop((query_id, card), None)
         if before is not None:
             self._withdraw(card, before)
-        kept.sign = self.signs.of(card, heard.tokens if heard is not None else 0)
         both = ReadableQuality(self.readable, self.quality)
-        both.judged(kept.embedding, self.cards.index(card), score, prior, kept.sign)
+        both.judged(kept.features, self.cards.index(card), score, prior, sign)
         self.judgements += before is None
         if query_id:
             put(self._kept, (query_id, card), kept, KEPT)
-        if self.judgements >= self._resigned + RESIGN:
-            self._resign()
+        if self.due and not self.stepped:
+            for _ in self.relearning():
+                pass
         return True
 
     def knows(self, query_id: str, card: str) -> bool:
@@ -171,10 +181,8 @@ class Learner:
             self.quality.forget(self.cards.index(card), keep)
             if self.readable is not None:
                 self.readable.forget(self.cards.index(card), keep)
-            for records in (self._kept, self._heard):
-                for (_, name), kept in records.items():
-                    if name == card:
-                        kept.weight *= keep
+            weakened(self._kept, card, keep)
+            weakened(self._heard, card, keep)
 
     def use(self, cards: Sequence[str]) -> None:
         """The fleet has other cards now; what is known of those that stay is kept."""
@@ -219,7 +227,7 @@ class Learner:
         )  # fmt: skip
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Learner:
+    def from_bytes(cls, data: bytes) -> Self:
         """Raises ValueError when these bytes are not a learner of this version."""
         stored = arrays.stored(data, _Stored, VERSION, "a learner")
         learner = cls(stored.cards)
@@ -237,55 +245,46 @@ class Learner:
             )
         return learner
 
-    def _relearn(self, topics: QualityModel) -> None:
-        """Everything that is kept, by the topics of this model, and signs first of all."""
-        self._relearn_signs()
-        width = len(topics.topics.centre)
-        old = self.quality
-        prior, believed = (topics.prior, None) if old is None else (old.prior, old.believed)
-        fresh = QualityModel(self.cards, topics.topics, prior=prior, believed=believed)
-        self.quality = fresh.with_topics(topics.topics, self._outcomes(width))
-        prior = self.readable.prior if self.readable is not None else READABLE
-        fresh = QualityModel(self.cards, topics.topics, prior=prior, believed=READABLE)
-        self.readable = fresh.with_topics(topics.topics, self._readings(width))
+    def copy(self) -> Learner:
+        """The same knowledge but for the queries seen, in a learner that leaves alone what falls due."""
+        other = Learner(self.cards)
+        other.take(self)
+        other.quality, other.readable = deepcopy(self.quality), deepcopy(self.readable)
+        other._kept, other._heard = self._kept.copy(), self._heard.copy()
+        other.stepped = True
+        return other
 
-    def _resign(self) -> None:
-        """Learn signs anew, and all that was learned with the old ones as long as all of it is kept."""
+    def take(self, other: Learner) -> None:
+        """Know what another learner does, which is not told anything from now on."""
+        self.cards, self.quality, self.readable = other.cards, other.quality, other.readable
+        self.judgements, self.readings, self._resigned = other.judgements, other.readings, other._resigned
+        self.topics_version, self.signs, self.patience = other.topics_version, other.signs, other.patience
+        self._kept, self._heard = other._kept, other._heard
+
+    def relearning(self, topics: QualityModel | None = None) -> Iterator[None]:
+        """Signs learned anew from what is kept, and then all the rest of it, by these topics or, while everything is
+        kept, the present ones: in steps of a millisecond, between which the learner is to be left alone."""
+        self.topics_version += topics is not None
+        self._resigned = self.judgements
+        self.signs, self.patience = yield from relearned.signs_and_tables(self._heard, self._kept)
         whole = self.readings == len(self._heard) and self.judgements == len(self._kept)
-        if whole and self.quality is not None:
-            self._relearn(self.quality)
-        else:
-            self._relearn_signs()
-
-    def _relearn_signs(self) -> None:
-        self.signs, self._resigned = learned_signs(self._heard, self._kept), self.judgements
-        self.patience = learned_tables(self._heard, self._kept)
+        if topics is None and not (whole and self.quality is not None):
+            return
+        about, old = topics or self.quality, self.quality
+        if about is None:
+            return
+        prior, believed = (about.prior, None) if old is None else (old.prior, old.believed)
+        fresh = QualityModel(self.cards, about.topics, prior=prior, believed=believed)
+        worth, self._kept = yield from relearned.outcomes(fresh, self._kept, self._heard, self.signs)
+        prior = self.readable.prior if self.readable is not None else READABLE
+        fresh = QualityModel(self.cards, about.topics, prior=prior, believed=READABLE)
+        self.readable = yield from relearned.readings(fresh, self._heard, self.signs)
+        self.quality = worth
 
     def _withdraw(self, card: str, kept: Kept) -> None:
-        if self.quality is not None and len(kept.embedding) == len(self.quality.topics.centre):
+        if self.quality is not None and kept.width == len(self.quality.topics.centre):
             over, weight = beyond(kept.score, kept.prior, kept.sign)
-            self.quality.withdraw(kept.embedding, self.cards.index(card), over, weight=weight * kept.weight)
-
-    def _readings(self, width: int) -> list[Outcome]:
-        """The signs of the answers kept of the present cards, against the usual one."""
-        index = {card: i for i, card in enumerate(self.cards)}
-        rows = [(embedding(h.x), card, h) for (_, card), h in self._heard.items() if card in index]
-        return [
-            (x, index[card], self.signs.of(card, h.tokens, readable=h.readable) - 1.0, h.weight)
-            for x, card, h in rows
-            if len(x) == width
-        ]
-
-    def _outcomes(self, width: int) -> list[Outcome]:
-        """What is kept of the present cards, for features of this width."""
-        index, found = {card: i for i, card in enumerate(self.cards)}, []
-        for (query_id, card), kept in self._kept.items():
-            x, heard = kept.embedding, self._heard.get((query_id, card))
-            if card in index and len(x) == width:
-                kept.sign = self.signs.of(card, heard.tokens if heard is not None else 0)
-                over, weight = beyond(kept.score, kept.prior, kept.sign)
-                found.append((x, index[card], over, weight * kept.weight))
-        return found
+            self.quality.withdraw(kept.features, self.cards.index(card), over, weight=weight * kept.weight)
 
 
 def first_quality(cards: Sequence[str], first: Array, form: int = 0) -> QualityModel:

@@ -11,7 +11,7 @@ the model's card promises; it is given with the query and is all there is before
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,6 @@ class Prediction:
     """[n, k]"""
     std: Array
     """[n, k]"""
-
-
-Outcome = tuple[NDArray[Any], int, float, float]
-"""Features [d], index of the model, score less what the card promised, weight (1 unless something was forgotten)."""
 
 
 class QualityModel:
@@ -178,17 +174,6 @@ class QualityModel:
         """A model has changed: what is known of it counts `keep` (0 to 1) of what it did."""
         self.sums.scale(model, keep)
         self.posterior = hierarchy.solve(self.sums, self.prior)
-
-    def with_topics(self, topics: Topics, outcomes: Iterable[Outcome]) -> QualityModel:
-        """The same models and prior over other topics, with what these outcomes say and nothing else."""
-        fresh = QualityModel(self.models, topics, prior=self.prior, believed=self.believed)
-        fresh._since = self._since
-        rows = list(outcomes)
-        if rows:
-            x, model, over, weight = (np.array(column) for column in zip(*rows, strict=True))
-            fresh.sums.add_rows(topics.encode(x), model, over, weight)
-        fresh.posterior = hierarchy.solve(fresh.sums, fresh.prior)
-        return fresh
 
     def with_models(self, models: Sequence[str]) -> QualityModel:
         """The same knowledge for another list of models: new ones begin at the level that all share."""

@@ -12,6 +12,7 @@ with a and b by ridge regression over the judged readable answers of all models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class Signs(msgspec.Struct, frozen=True):
         usual = self.usual.get(card)
         if usual is None or tokens < 1:
             return 1.0
-        worth = min(max(self.level + self.slope * (float(np.log1p(tokens)) - usual), WORTH[0]), WORTH[1])
+        worth = min(max(self.level + self.slope * (math.log1p(tokens) - usual), WORTH[0]), WORTH[1])
         return min(worth / self.mean, HIGHEST)
 
 
@@ -54,9 +55,11 @@ def learn(readable: Iterable[tuple[str, int]], judged: Sequence[tuple[str, int, 
     logs: dict[str, list[float]] = {}
     for card, tokens in readable:
         if tokens > 0:
-            logs.setdefault(card, []).append(float(np.log1p(tokens)))
+            logs.setdefault(card, []).append(math.log1p(tokens))
     usual = {card: sum(found) / len(found) for card, found in logs.items()}
-    known = [(np.log1p(tokens) - usual[card], score) for card, tokens, score in judged if tokens > 0 and card in usual]
+    known = [
+        (math.log1p(tokens) - usual[card], score) for card, tokens, score in judged if tokens > 0 and card in usual
+    ]
     if len(known) < 2:
         return Signs(usual)
     length, score = np.array(known, np.float64).T

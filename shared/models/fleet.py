@@ -24,6 +24,8 @@ class QosSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     energy_ref_j: Positive = 50.0
     retries: Annotated[int, Meta(ge=0, le=8)] = 0
     """Further models that are asked when an answer cannot be read (`expect`), for queries that do not say."""
+    cascade: bool = False
+    """Whether answers that are likely wrong are handed on to another model, for queries that do not say."""
 
 
 class ResidencySection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -124,6 +124,7 @@ def policy(fleet: FleetFile) -> m.Policy:
         latency_slo_s=qos.latency_slo_s,
         energy_ref_j=qos.energy_ref_j,
         retries=qos.retries,
+        cascade=qos.cascade,
         min_residence_s=residency.min_residence_s,
         idle_evict_s=residency.idle_evict_s,
         max_wait_s=residency.max_wait_s,

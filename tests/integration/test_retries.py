@@ -45,6 +45,7 @@ class Fleet:
     def __init__(self, bus: Bus, answers: Answers) -> None:
         self.bus = bus
         self.answers = answers
+        self.confidence: Callable[[m.Work], float] = lambda _work: -0.1
         self.works: list[m.Work] = []
         self.replies: list[m.Answer | m.Failure] = []
         self.ended = asyncio.Event()
@@ -66,9 +67,12 @@ class Fleet:
             work.query_id, work.card, text=text, artifact=work.artifact, attempt=work.attempt, reply=accepted.reply,
             stamps={**work.stamps, "generated": now},
         )  # fmt: skip
-        done = unread.ended(work, ended)
+        assert ended.answer is not None
+        sure = msgspec.structs.replace(ended.answer.confidence, mean_logprob=self.confidence(work))
+        answer = msgspec.structs.replace(ended.answer, confidence=sure, attempt=work.attempt)
+        done = unread.ended(work, msgspec.structs.replace(ended, answer=answer))
         if unread.may_go_on(work, done):
-            failed = unread.failed(work, done, now)
+            failed = unread.failed(work, done, now, work.attempt)
             await self.bus.publish(subjects.FAILED, failed, msg_id=f"{work.query_id}-failed-{work.attempt}")
         else:
             await self.bus.finish(done)
@@ -78,8 +82,9 @@ class Fleet:
         self.ended.set()
 
     async def ask(
-        self, *, deadline_s: float = 20.0, patience: dict[str, int] | None = None, **query: object
-    ) -> m.Answer:
+        self, *, deadline_s: float = 20.0, patience: dict[str, int] | None = None, below: tuple[float, ...] = (),
+        **query: object,
+    ) -> m.Answer:  # fmt: skip
         """Send a planned query through the executor; its one answer."""
         await self.bus.subscribe("calm.work.>", self.on_work)
         inbox = self.bus.nc.new_inbox()
@@ -91,7 +96,7 @@ class Fleet:
         )
         route = m.Route(
             query_id="q1", order=[c.name for c in CARDS], candidates=[], reason="best_utility", why="best",
-            patience=patience or {},
+            patience=patience or {}, cascade=[m.CascadeStep(level=2.0, slope=5.0, below=limit) for limit in below],
         )  # fmt: skip
         await self.bus.publish(subjects.PLANNED, m.Planned(accepted=accepted, route=route), msg_id="q1-planned")
         async with asyncio.timeout(20):
@@ -159,6 +164,46 @@ async def test_at_the_deadline_the_answer_so_far_is_given(bus: Bus) -> None:
     assert (answer.model, answer.text) == ("plain", "I cannot say.")
     assert answer.timings.retried_s > 0.5
     assert len(fleet.works) == 2
+
+
+@pytest.mark.usefixtures("executor")
+async def test_an_answer_that_is_likely_wrong_is_handed_on_and_the_likelier_of_two_is_given(bus: Bus) -> None:
+    fleet = Fleet(bus, lambda work: "The answer is (A)." if work.card == "plain" else "The answer is (B).")
+    fleet.confidence = lambda work: -0.5 if work.card == "plain" else -0.2
+    answer = await fleet.ask(below=(0.6, 0.0), cascade=True)
+    assert (answer.model, answer.attempt) == ("other", 2)
+    assert answer.chance == pytest.approx(0.731, abs=0.001)
+    assert [(one.model, one.why) for one in answer.passed_over] == [("plain", "unsure")]
+    assert answer.energy.retried_j > 0.0
+    assert [work.card for work in fleet.works] == ["plain", "other"]
+
+
+@pytest.mark.usefixtures("executor")
+async def test_an_answer_that_is_likely_right_is_not_handed_on(bus: Bus) -> None:
+    fleet = Fleet(bus, lambda _work: "The answer is (A).")
+    answer = await fleet.ask(below=(0.6, 0.0), cascade=True)
+    assert (answer.model, answer.passed_over) == ("plain", [])
+    assert [work.card for work in fleet.works] == ["plain"]
+
+
+@pytest.mark.usefixtures("executor")
+async def test_the_likeliest_answer_so_far_is_given_when_the_next_model_fails_or_comes_too_late(bus: Bus) -> None:
+    """`other` is less sure than `plain` was; `third` never ends."""
+    fleet = Fleet(bus, lambda work: None if work.card == "third" else f"The answer is ({'AB'[work.rank]}).")
+    fleet.confidence = lambda work: -0.3 if work.card == "plain" else -0.9
+    answer = await fleet.ask(below=(0.9, 0.9, 0.0), cascade=True, deadline_s=1.5)
+    assert [work.card for work in fleet.works] == ["plain", "other", "third"]
+    assert (answer.model, answer.attempt) == ("plain", 1)
+    assert [one.model for one in answer.passed_over] == ["other"]
+    assert answer.timings.retried_s > 0.5
+
+
+@pytest.mark.usefixtures("executor")
+async def test_an_engine_that_fails_after_an_unsure_answer_leaves_that_answer(bus: Bus) -> None:
+    fleet = Fleet(bus, lambda work: "The answer is (A)." if work.card == "plain" else "!")
+    fleet.confidence = lambda _work: -0.5
+    answer = await fleet.ask(below=(0.9, 0.0), cascade=True)
+    assert (answer.model, answer.text) == ("plain", "The answer is (A).")
 
 
 @pytest.mark.parametrize("inbox", ["_INBOX.client.1", "elsewhere.1"])

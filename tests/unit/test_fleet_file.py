@@ -131,6 +131,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("quality = 0.5", 'expect = { kind = "choice" }', "expect", "required field `of`", "of = ["),
         ("quality = 0.5", 'expect = { kind = "choice", of = ["A", "a"] }', "expect", "cannot be told apart", "once"),
         ("latency_slo_s = 3", "retries = 9", "retries = 9", "qos.retries", "qos.retries"),
+        ("latency_slo_s = 3", "cascade = 1", "cascade = 1", "qos.cascade", "qos.cascade"),
     ],
 )
 def test_a_mistake_is_answered_with_its_line(old: str, new: str, at: str, message: str, remedy: str) -> None:
@@ -211,10 +212,12 @@ def test_cards_carry_what_the_store_knows() -> None:
 
 def test_what_is_expected_of_answers_reaches_cards_and_policy() -> None:
     text = GOOD.replace("quality = 0.5", 'expect = { kind = "json", keys = ["name"] }', 1)
-    fleet = fleet_file.parse_fleet(text.replace("latency_slo_s = 3", "retries = 2"), "f")
+    fleet = fleet_file.parse_fleet(text.replace("latency_slo_s = 3", "retries = 2\ncascade = true"), "f")
     cards = fleet_file.cards(fleet, _Store("int8", "fp32"))
     assert [card.expect for card in cards] == [m.ExpectJson(keys=["name"]), None]
     assert fleet_file.policy(fleet).retries == 2
+    assert fleet_file.policy(fleet).cascade
+    assert not fleet_file.policy(fleet_file.parse_fleet(text, "f")).cascade
 
 
 def test_memory_and_guessing_are_as_the_file_says() -> None:

@@ -222,7 +222,6 @@ def test_evidence_moves_the_prior_against_what_was_believed_of_it() -> None:
     for other in (
         QualityModel.from_bytes(model.to_bytes()),
         model.with_models(MODELS[:2]),
-        model.with_topics(model.topics, []),
     ):
         assert (other.prior, other.believed) == (model.prior, model.believed)
 

@@ -143,6 +143,7 @@ def test_reply_subjects_of_the_system_are_refused() -> None:
         (m.Query(prompt="x", expect=m.ExpectChoice(of=["A", "a"])), "cannot be told apart"),
         (m.Query(prompt="x", retries=1), "`retries`"),
         (m.Query(prompt="x", retries=1, model="lawyer", expect=m.ExpectNumber()), "`lawyer` alone"),
+        (m.Query(prompt="x", cascade=True, model="lawyer"), "`cascade` .* `lawyer` alone"),
     ],
 )
 def test_expectations_that_cannot_work_are_refused_with_what_to_change(query: m.Query, says: str) -> None:

@@ -147,4 +147,4 @@ def test_an_attempt_is_cut_off_only_where_another_follows() -> None:
     assert tried.sampling.max_tokens == 20
     failure = m.Failure(code="unreadable", message="x", retryable=True)
     failed = m.AttemptFailed(work=tried, failure=failure, worker="w", attempt=1, at=1.0)
-    assert attempts.after_unreadable(failed, twin, lambda _: True, 1.0) == 2
+    assert attempts.after_handed_on(failed, twin, lambda _: True, 1.0) == 2

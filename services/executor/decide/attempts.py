@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from shared import messages as m
+from shared.unread import UNSURE
 
 NOT_WORTH_REPEATING = frozenset({"invalid_query", "prompt_too_large", "cancelled", "deadline_expired"})
 """Failures that another model would meet as well."""
@@ -51,7 +52,7 @@ def work(
         attempt: its number, from 1.
         now: Unix seconds.
         first_dispatched: when the first attempt was dispatched; None for that one.
-        unread: the end of an earlier attempt whose answer could not be read.
+        unread: how the query ends with what earlier attempts gave, whose answers were handed on.
         retries: the fleet's number, for queries that do not say.
     """
     card = cards[planned.route.order[rank]]
@@ -77,13 +78,14 @@ def work(
         planned=planned,
         expect=expect,
         retries=left,
+        cascade=planned.route.cascade[rank] if rank < len(planned.route.cascade) else None,
         unread=unread,
         stamps=m.stamp(accepted.stamps, dispatched=now, **before),
     )
 
 
 def after(failed: m.AttemptFailed, cards: Mapping[str, m.Card], rank: int, now: float, retries: int = 0) -> m.Work:
-    """The attempt at `rank` that follows a failed one, and carries on what could not be read."""
+    """The attempt at `rank` that follows a failed one, and carries on what was had before."""
     before = failed.work
     return work(
         before.planned, cards, rank, failed.attempt + 1, now,
@@ -122,7 +124,7 @@ def after_failure(
     if failed.failure.code in NOT_WORTH_REPEATING:
         return None
     if failed.unread is not None:
-        return after_unreadable(failed, cards, usable, now)
+        return after_handed_on(failed, cards, usable, now)
     start = failed.work.rank + 1
     if failed.failure.code != "context_exceeded":
         return next_rank(failed.work.planned.route, cards, start, usable, failed.work.artifact)
@@ -132,18 +134,21 @@ def after_failure(
     return next_rank(failed.work.planned.route, larger, start, usable, failed.work.artifact)
 
 
-def after_unreadable(
+def after_handed_on(
     failed: m.AttemptFailed, cards: Mapping[str, m.Card], usable: Callable[[str], bool], now: float
 ) -> int | None:
-    """The rank to ask after an answer that cannot be read; None when that answer is to be taken after all.
+    """The rank to ask after an answer that cannot be read or is likely wrong; None when the answer at hand is to be
+    taken after all.
 
     Not a card that would say the same (same model, same words, same settings), nor one whose artifact rests, and none
-    when less time is left than this attempt took.
+    when less time is left than this attempt took or, after an answer that is likely wrong, than the route expects of
+    the next; there none but those that the route has steps for.
     """
-    tried = failed.work
+    tried, route = failed.work, failed.work.planned.route
+    unsure = failed.failure.code == UNSURE
     took_s = failed.at - tried.stamps.get("dispatched", failed.at)
     accepted = tried.planned.accepted
-    if tried.retries < 1 or now + took_s > accepted.deadline_at:
+    if not unsure and (tried.retries < 1 or now + took_s > accepted.deadline_at):
         return None
     query, own = accepted.query, cards.get(tried.card)
     settings = tried.sampling if own is None else sampling(query, own)  # without a limit on its patience
@@ -154,4 +159,8 @@ def after_unreadable(
         and (card.artifact.name, card.adapter, conversation(query, card), sampling(query, card))
         != (tried.artifact, tried.adapter, tried.messages, settings)
     }
-    return next_rank(tried.planned.route, others, tried.rank + 1, usable)
+    rank = next_rank(route, others, tried.rank + 1, usable)
+    if not unsure or rank is None:
+        return rank
+    in_time = rank < len(route.cascade) and now + route.cascade[rank].latency_s <= accepted.deadline_at
+    return rank if in_time else None

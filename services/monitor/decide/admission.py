@@ -68,6 +68,8 @@ def admit(
         raise not_ready()
     _check_models(query, cards)
     _check_tags(query, cards)
+    if query.cascade and query.model is not None:
+        raise _alone("cascade", query.model)
     if query.expect is not None or query.retries:
         _check_expected(query, cards)
     return m.Accepted(
@@ -146,7 +148,11 @@ def _check_expected(query: m.Query, cards: Mapping[str, m.Card]) -> None:
             reading.REMEDY,
         )
     if query.retries and query.model is not None:
-        raise InvalidQuery(
-            f"`retries` asks for another model, and `model` allows `{query.model}` alone.",
-            "Leave `model` out; `constraints.models` names several.",
-        )
+        raise _alone("retries", query.model)
+
+
+def _alone(field: str, model: str) -> CalmError:
+    return InvalidQuery(
+        f"`{field}` asks for another model, and `model` allows `{model}` alone.",
+        "Leave `model` out; `constraints.models` names several.",
+    )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shared import messages as m
 from shared.learn import features
+from shared.learn.confidence import Line
 from shared.learn.live import Learner
 from shared.learn.live_length import Lengths
 from shared.learn.signs import HIGHEST
@@ -29,6 +30,10 @@ class Learned:
     lengths: Lengths | None = None
     """Learned output tokens of answers,"""
     lengths_version: int = 0
+    """and their version."""
+    lines: Mapping[str, Line] = field(default_factory=dict)
+    """What confidences say, by card,"""
+    lines_version: int = 0
     """and their version."""
 
     def quarantined(self, card: str) -> bool:

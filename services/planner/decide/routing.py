@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from services.planner.decide import cascade, patience, scoring
 from services.planner.decide import learned as learning
-from services.planner.decide import patience, scoring
 from services.planner.decide import trial as trials
 from services.planner.decide.learned import Learned
 from services.planner.decide.scoring import Limits, Scores
@@ -79,6 +79,12 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         standing, propensity, tried = _explored(standing, weights, query, chance, state)
         if standing[0] is not front and standing[0].card != front.card:
             reason = "trial" if tried is not None and tried.candidate == standing[0].card else "explored"
+    steps: list[m.CascadeStep] = []
+    if cascade.wanted(query, state.policy):
+        drawn = reason in ("explored", "trial")
+        standing, steps = _cascade(analyzed, state, standing, weights, now, first=drawn)
+        if len(steps) > 1:
+            reason, tried = "cascade" if reason == "best_utility" else reason, None
     best = standing[0] if standing else None
     second = standing[1] if len(standing) > 1 else None
     return m.Route(
@@ -86,17 +92,19 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
         order=[c.card for c in standing],
         candidates=candidates,
         reason=reason,
-        why=_why(best, second, reason, analyzed.profile),
+        why=_why(best, second, reason, analyzed.profile) + _handed_on(standing, steps),
         runner_up=second.card if second else None,
         margin=best.utility - second.utility if best and second else 0.0,
-        flip=_flip(best, second, weights, state.policy) if best and second else "",
+        flip=_flip(best, second, weights, state.policy) if best and second and len(steps) < 2 else "",
         weights=weights,
         patience=_patience(analyzed, state, standing, weights),
+        cascade=steps,
         propensity=propensity,
         trial=tried,
         knowledge_version=state.qos.version,
         learned_version=state.learned.version if state.learned is not None else 0,
         lengths_version=state.learned.lengths_version if state.learned is not None else 0,
+        confidence_version=state.learned.lines_version if steps and state.learned is not None else 0,
         domains=analyzed.profile.domains,
         decided_at=now,
         planner=state.planner,
@@ -218,6 +226,17 @@ def _patience(
     return patience.limits(
         accepted.query, accepted.query_id, state.policy, standing, learner.patience, weights, state.cards
     )
+
+
+def _cascade(
+    analyzed: m.Analyzed, state: State, standing: list[m.Candidate], weights: Mapping[str, float], now: float, *,
+    first: bool,
+) -> tuple[list[m.Candidate], list[m.CascadeStep]]:  # fmt: skip
+    """The candidates as a cascade asks them, with its steps (`cascade`)."""
+    accepted = analyzed.accepted
+    lines = state.learned.lines if state.learned is not None else {}
+    left_s = accepted.deadline_at - now
+    return cascade.steps(accepted.query, state.policy, standing, lines, weights, state.cards, left_s, first=first)
 
 
 def _explored(
@@ -347,6 +366,8 @@ def _why(best: m.Candidate | None, second: m.Candidate | None, reason: str, prof
     figures = f"quality {best.quality:.2f}, about {best.latency_s:.1f} s and {best.energy_j:.0f} J"
     if reason == "asked_for":
         return f"{best.card} was asked for by name ({figures})"
+    if reason == "cascade":
+        return f"{best.card} is asked first ({figures})"
     domain = max(profile.domains.items(), key=lambda item: item[1], default=("general", 0.0))[0]
     if second is None:
         return f"{best.card} is the only model that meets the constraints ({figures})"
@@ -354,6 +375,14 @@ def _why(best: m.Candidate | None, second: m.Candidate | None, reason: str, prof
         f"{best.card} has the best utility for {domain}: {best.utility:.3f} ({figures}),"
         f" before {second.card} with {second.utility:.3f}"
     )
+
+
+def _handed_on(standing: Sequence[m.Candidate], steps: Sequence[m.CascadeStep]) -> str:
+    said = [
+        f"to {following.card} while the chance of being right is below {step.below:.2f}"
+        for step, following in zip(steps, standing[1 : len(steps)], strict=False)
+    ]
+    return "; handed on " + ", ".join(said) if said else ""
 
 
 def _flip(best: m.Candidate, second: m.Candidate, weights: Mapping[str, float], policy: m.Policy) -> str:
