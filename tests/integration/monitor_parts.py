@@ -91,6 +91,7 @@ async def start_monitor(settings: Settings, store: Store, instance: str = "one",
     health = Health()
     monitor = Monitor(Context(settings, bus, structlog.get_logger(), health, instance), store)
     await monitor.start()
+    await bus.nc.flush()  # as a service does before it says that it is ready
     return Running(monitor, bus, health)
 
 

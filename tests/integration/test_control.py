@@ -38,6 +38,7 @@ class Replica:
         )  # fmt: skip
         planner = Planner(context)
         await planner.start()
+        await bus.nc.flush()  # as a service does before it says that it is ready
         return cls(planner, bus)
 
     async def stop(self) -> None:
