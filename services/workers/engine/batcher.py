@@ -48,13 +48,16 @@ class Request:
     """Read before those that are not."""
     adapter: str = ""
     """LoRA adapter over the model; empty for none."""
+    streamed: bool = True
+    """Its text is wanted as it grows, and not only at its end."""
     prompt_lookup: bool = False
     """While it runs alone, guess tokens out of its own text and verify several at once: the answer is the same."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Text that a running sequence gained in a step; empty text marks its first token."""
+    """Text that a running sequence gained in a step; empty text marks its first token. Of one that is not streamed all
+    may come with its end."""
 
     id: str
     text: str
@@ -204,7 +207,7 @@ class Batcher:
             )
         limit = min(request.sampling.max_tokens, self._context - len(prompt))
         self._sequences[request.id] = _Sequence(
-            request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop),
+            request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop, late=not request.streamed),
             sampling.generator(request.sampling.seed), adapter,
             Drafter(prompt) if request.prompt_lookup and self._runner.verifies else None,
         )  # fmt: skip
@@ -290,12 +293,13 @@ class Batcher:
     def _read(self) -> _Piece | None:
         """Read pieces of prompts, of several when they are short, within the time that `Pace` allows; what is to be
         read with the decoding that follows is returned."""
-        left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
-        apart = False
+        left_s, apart = 0.0, False
         while True:
             sequence, moves = self._schedule.next_prefill(self._clock())
             if sequence is None:
                 return None
+            if not apart:
+                left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
             began = self._timer()
             self._apply(moves)
             state = self._sequences[sequence]

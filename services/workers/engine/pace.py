@@ -84,7 +84,9 @@ class Pace:
     def has_decoded(self, rows: int, seconds: float) -> None:
         self._decode_s[rows] = _mean(self._decode_s.get(rows, 0.0), seconds)
         if not self._reading:
-            self._alone_s.setdefault(rows, deque(maxlen=_RECENT)).append(seconds)
+            if rows not in self._alone_s:
+                self._alone_s[rows] = deque(maxlen=_RECENT)
+            self._alone_s[rows].append(seconds)
         self._reading = False
 
     def has_joined(self, tokens: int, rows: int, seconds: float) -> None:
