@@ -30,12 +30,12 @@ from shared.settings import WORTH_PACKING_BYTES
 
 GRAPH = "model.onnx"
 _LAYOUT = "3"
-"""Of an entry: what it holds beside the graph and the weights (the joint graph, since 2), and how (in large pieces, since
-3)."""
+"""Of an entry: what it holds beside the graph and the weights (the joint graph, since 2), and how they are written (in
+large pieces, since 3)."""
 _PIECE_BYTES = 4 << 20
 LEAST_BYTES = WORTH_PACKING_BYTES
-ROOM = 3.0
-"""Free disk space wanted, in times the weights: the file holds them as they are and packed."""
+ROOM = 5.0
+"""Free disk space wanted, in times the weights: the file holds them as they are and packed, and is written twice."""
 WAIT_S = 60.0
 KEEP_S = 30 * 86400.0
 """Entries that were not used for so long (another CPU, another version) are removed when a new one is written."""
