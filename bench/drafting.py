@@ -7,6 +7,9 @@ without, in turn, for tasks whose answers repeat their prompts and for some whos
 
 from __future__ import annotations
 
+from shared import one_thread  # noqa: F401 as engines have it: before anything imports NumPy
+
+# isort: split
 import argparse
 import statistics
 import time
@@ -15,15 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.opened import driven, open_as_engine
 from bench.report import machine, print_machine, print_table, write_json
-from services.workers.engine.batcher import Batcher, Finished, Request
-from services.workers.engine.energy import AttributedMeter
+from services.workers.engine.batcher import Finished, Request
 from services.workers.engine.runner import SharedKvRunner
-from services.workers.engine.session import open_session
-from services.workers.engine.text import Text
-from shared.messages import ChatMessage, Device, Sampling
-from shared.models.store import ModelStore
-from shared.settings import Settings
+from shared.messages import ChatMessage, Sampling
 
 _TEXT = (
     "The harbour master, Mr. Ellingham, wrote to the council on Tuesday. He said that the eastern pier had been"
@@ -46,21 +45,16 @@ TASKS = {
 
 
 class Subject:
-    """A variant of the stored model, opened once."""
+    """A variant of the stored model, opened once as engines open it."""
 
     def __init__(self, arguments: argparse.Namespace, variant: str) -> None:
-        store = ModelStore(arguments.store or Settings.from_env().models_path)
-        folder = store.path(arguments.model)
-        self.device = Device(kind="cpu", name="cpu", threads=arguments.threads)
-        file = folder / store.variant(arguments.model, variant).path / "model.onnx"
-        self.session = open_session(file, self.device, arguments.threads)
-        self.text = Text(folder, store.get(arguments.model).tokenizer)
+        self.opened = open_as_engine(arguments.model, variant, arguments.store, arguments.threads)
         self._arguments = arguments
 
     def widths(self) -> dict[str, float]:
         """Median seconds of a step, by its number of tokens; widths in turn, so that all meet the same machine."""
         held, widths = self._arguments.held, self._arguments.widths
-        runner = SharedKvRunner(self.session, 1, held + 64, self.device)
+        runner = SharedKvRunner(self.opened.session, 1, held + 64, self.opened.device)
         tokens = [int(t) for t in np.random.default_rng(0).integers(1000, 20000, held + 64)]
         runner.prefill(0, tokens[:held], 0)
         seconds: dict[int, list[float]] = {width: [] for width in widths}
@@ -91,13 +85,11 @@ class Subject:
         return result
 
     def _answer(self, prompt: str, lookup: bool) -> tuple[Finished, float]:
-        runner = SharedKvRunner(self.session, 1, 1024, self.device)
-        meter = AttributedMeter("model", 8.0)
-        batcher = Batcher(runner, self.text, slots=1, context=1024, meter=meter, clock=time.perf_counter)
+        engine = driven(self.opened, 1, 1024)
         sampling = Sampling(max_tokens=self._arguments.tokens)
-        batcher.add(Request("a", [ChatMessage(role="user", content=prompt)], sampling, prompt_lookup=lookup))
+        engine.add(Request("a", [ChatMessage(role="user", content=prompt)], sampling, prompt_lookup=lookup))
         while True:
-            for event in batcher.step():
+            for event in engine.step():
                 if isinstance(event, Finished):
                     return event, (len(event.tokens) - 1) / (event.ended_at - event.first_token_at)
 

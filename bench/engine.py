@@ -8,6 +8,9 @@ turn (`turn`), and all of it against `peers` in turns. Peers (onnxruntime-genai,
 
 from __future__ import annotations
 
+from shared import one_thread  # noqa: F401 as engines have it: before anything imports NumPy
+
+# isort: split
 import argparse
 import statistics
 import sys
@@ -18,18 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from bench import against, stalls
 from bench import peers as peers_module
 from bench.bandwidth import read_bytes_per_s
+from bench.opened import driven, open_as_engine
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Delta, Finished, Request
-from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.runner import SharedKvRunner
-from services.workers.engine.session import open_session
-from services.workers.engine.text import Text
-from shared.messages import Device, Sampling
+from shared.messages import Sampling
 from shared.models.store import ModelStore
 from shared.settings import Settings
 
@@ -37,18 +37,13 @@ PARTS = ("decode", "prefill", "stall", "turn", "peers")
 
 
 class Subject:
-    """A stored model, opened once, and what drives it."""
+    """A stored model, opened once as engines open it, and what drives it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.settings = Settings.from_env()
-        store = ModelStore(arguments.store or self.settings.models_path)
-        self.folder = store.path(arguments.model)
+        store = ModelStore(arguments.store or Settings.from_env().models_path)
         self.variant = store.variant(arguments.model, arguments.variant)
-        self.device = Device(kind="cpu", name="cpu", threads=arguments.threads)
-        file = self.folder / self.variant.path / "model.onnx"
-        self.session: ort.InferenceSession = open_session(file, self.device, arguments.threads)
-        self.text = Text(self.folder, store.get(arguments.model).tokenizer)
-        self.text.stop_ids = frozenset()  # no answer may end early: the speed of so many steps is what is measured
+        self.opened = open_as_engine(arguments.model, arguments.variant, arguments.store, arguments.threads)
+        self.opened.text.stop_ids = frozenset()  # no answer may end early: what is measured is so many steps
         self.random = np.random.default_rng(0)
 
     def prompt(self, tokens: int) -> list[int]:
@@ -56,13 +51,10 @@ class Subject:
         return [int(t) for t in self.random.integers(1000, 20000, tokens)]
 
     def runner(self, rows: int, context: int) -> SharedKvRunner:
-        return SharedKvRunner(self.session, rows, context, self.device)
+        return SharedKvRunner(self.opened.session, rows, context, self.opened.device)
 
-    def batcher(self, runner: SharedKvRunner, rows: int, context: int) -> Batcher:
-        meter = AttributedMeter(
-            "model", self.settings.power_core_w
-        )  # an engine's own: reading processor times takes long
-        return Batcher(runner, self.text, slots=rows, context=context, meter=meter, clock=time.perf_counter)
+    def batcher(self, rows: int, context: int) -> Batcher:
+        return driven(self.opened, rows, context)
 
 
 def bare(runner: SharedKvRunner, prompt: list[int], tokens: int, rows: int) -> float:
@@ -78,10 +70,12 @@ def bare(runner: SharedKvRunner, prompt: list[int], tokens: int, rows: int) -> f
 
 
 def batched(batcher: Batcher, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of the engine, decoding alone: from the last first token to the first end."""
+    """Tokens per second of the engine, decoding alone: from the last first token to the first end. Nobody streams, so
+    that text is made at the end, as onnxruntime-genai's generator makes none."""
     rows = len(prompts)
     for row, prompt in enumerate(prompts):
-        batcher.add(Request(str(row), [], Sampling(max_tokens=tokens + rows + 1), prompt=prompt))
+        sampling = Sampling(max_tokens=tokens + rows + 1)
+        batcher.add(Request(str(row), [], sampling, prompt=prompt, streamed=False))
     started: set[str] = set()
     while len(started) < rows:  # prompts are read one after the other while others decode already
         started |= {e.id for e in batcher.step() if isinstance(e, Delta)}
@@ -98,7 +92,7 @@ def decoding(subject: Subject, count: int, arguments: argparse.Namespace) -> dic
     """The two loops in turn, `--repeats` times; medians."""
     context = arguments.prompt_tokens + arguments.tokens + count + 8
     runner = subject.runner(count, context)
-    batcher = subject.batcher(runner, count, context)
+    batcher = subject.batcher(count, context)
     bare(runner, subject.prompt(arguments.prompt_tokens), 4, count)  # touches the buffers
     pairs = []
     for _ in range(arguments.repeats):
@@ -114,7 +108,7 @@ def prefill(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]
     """Prompt tokens per second: the session in one run, and the engine until the first token."""
     size = arguments.prefill_tokens
     runner = subject.runner(1, size + 8)
-    batcher = subject.batcher(runner, 1, size + 8)
+    batcher = subject.batcher(1, size + 8)
     whole, engine = [], []
     for turn in range(arguments.repeats + 1):
         prompt = subject.prompt(size)
@@ -143,7 +137,7 @@ def second_turn(subject: Subject, tokens: int) -> dict[str, float]:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(3):
         for warm in (True, False):
-            batcher = subject.batcher(subject.runner(2, context), 2, context)
+            batcher = subject.batcher(2, context)
             history = subject.prompt(tokens)
             batcher.add(Request("first", [], Sampling(max_tokens=16), prompt=history))
             said = next(e.tokens for e in _ends(batcher))
@@ -162,7 +156,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     def opens(task: str, count: int, prompt_tokens: int, tokens: int) -> Callable[[], float]:
         context = prompt_tokens + tokens + count + 8
-        batcher = subject.batcher(subject.runner(count, context), count, context)
+        batcher = subject.batcher(count, context)
 
         def read() -> float:
             batcher.add(Request("read", [], Sampling(max_tokens=1), prompt=subject.prompt(prompt_tokens)))

@@ -11,6 +11,9 @@ each round's ratio. The exit status is 1 where int4 misses what is wanted of it.
 
 from __future__ import annotations
 
+from shared import one_thread  # noqa: F401 as engines have it: before anything imports NumPy
+
+# isort: split
 import argparse
 import gzip
 import itertools
@@ -27,10 +30,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from bench.bandwidth import read_bytes_per_s
+from bench.opened import open_as_engine
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.runner import SharedKvRunner
-from services.workers.engine.session import open_session
-from shared.messages import Device
 from shared.models.store import ModelStore
 from shared.settings import Settings
 
@@ -104,14 +106,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for title, each in read_texts(arguments.texts, arguments.count).items()
     }
     names = [REFERENCE, *(v for v in arguments.variants if v != REFERENCE)]
-    device = Device(kind="cpu", name="cpu", threads=arguments.threads)
     longest = max(len(tokens) for each in texts.values() for tokens in each)
     context = max(longest, arguments.prompt_tokens + arguments.tokens) + 8
     runners, sizes = {}, {}
     for name in names:
-        variant = store.variant(arguments.model, name)
-        session = open_session(folder / variant.path / "model.onnx", device, arguments.threads)
-        runners[name], sizes[name] = SharedKvRunner(session, 1, context, device), variant.weights_bytes
+        opened = open_as_engine(arguments.model, name, arguments.store, arguments.threads)
+        runners[name] = SharedKvRunner(opened.session, 1, context, opened.device)
+        sizes[name] = store.variant(arguments.model, name).weights_bytes
     result: dict[str, Any] = {"benchmark": "quality", "machine": machine(), "arguments": _plain(arguments)}
     print_machine(result["machine"])
     result["weights_bytes"] = sizes

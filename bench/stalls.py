@@ -10,6 +10,9 @@ the longest gap of the steps in which it hardly did is given as well ("undisturb
 
 from __future__ import annotations
 
+from shared import one_thread  # noqa: F401 as engines have it: before anything imports NumPy
+
+# isort: split
 import argparse
 import contextlib
 import statistics
@@ -21,14 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.opened import driven, open_as_engine
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Request
-from services.workers.engine.energy import AttributedMeter
-from services.workers.engine.loader import Opened, open_model, start
-from shared.messages import ArtifactSpec, Device, Sampling
-from shared.models.manifest import artifact_name
-from shared.models.store import ModelStore
-from shared.settings import Settings
+from services.workers.engine.loader import Opened
+from shared.messages import Sampling
 
 STALL_LIMIT = 4.0
 BEFORE = 40
@@ -45,26 +45,16 @@ class Case:
     streams: int
     long: int
     opened: Opened
-    settings: Settings
 
     def batcher(self) -> Batcher:
-        meter = AttributedMeter("model", self.settings.power_core_w)
-        return start(self.opened, meter, clock=time.perf_counter)
+        return driven(self.opened, self.streams + 1, self.long + _ROOM)
 
 
 def case(model: str, variant: str, store: Path | None, threads: int, *, streams: int, long: int) -> Case:
     """The model opened with rows for the streams and the prompt; no answer ends by itself."""
-    settings = Settings.from_env()
-    models = ModelStore(store or settings.models_path)
-    spec = ArtifactSpec(
-        name=artifact_name(model, variant), model=model, variant=variant, context=long + _ROOM, slots=streams + 1,
-        weights_bytes=models.variant(model, variant).weights_bytes,
-        kv_bytes_per_token=0,  # only the planner counts
-    )  # fmt: skip
-    device = Device(kind="cpu", name="cpu", threads=threads)
-    opened = open_model(models.path(model), models.get(model), spec, device, caches=settings.weights_paths)
+    opened = open_as_engine(model, variant, store, threads)
     opened.text.stop_ids = frozenset()
-    return Case(streams, long, opened, settings)
+    return Case(streams, long, opened)
 
 
 def waited_s() -> float:

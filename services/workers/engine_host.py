@@ -299,7 +299,7 @@ class EngineHost:
             request = Request(
                 work.query_id, work.messages, work.sampling, work.planned.accepted.deadline_at,
                 urgent=work.planned.accepted.query.priority == "hi", adapter=work.adapter,
-                prompt_lookup=work.prompt_lookup,
+                streamed=work.planned.accepted.query.stream, prompt_lookup=work.prompt_lookup,
             )  # fmt: skip
             self._submit(request)
             end, rest = await self._stream(job)

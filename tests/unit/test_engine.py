@@ -191,6 +191,43 @@ def test_streamed_pieces_are_the_text(model: tuple[Path, Manifest], session: obj
     assert pieces == end.text
 
 
+@pytest.mark.parametrize("stop", [[], ["a"]])
+def test_an_answer_that_nobody_streams_is_the_same_answer(
+    model: tuple[Path, Manifest], session: object, stop: list[str]
+) -> None:
+    """Only its text comes at the end, unless a stop string has to be looked for; its first token is told as ever."""
+    batcher = make(model, session)
+    found: dict[bool, tuple[list[str], Finished]] = {}
+    for streamed in (True, False):
+        sampling = Sampling(max_tokens=40, temperature=1.5, seed=3, stop=stop)
+        batcher.add(Request("a", [], sampling, prompt=[40, 41, 42], streamed=streamed))
+        events: list[Event] = []
+        while batcher.active:
+            events += batcher.step()
+        end = events[-1]
+        assert isinstance(end, Finished)
+        found[streamed] = [e.text for e in events if isinstance(e, Delta)], end
+    (grown, told), (late, end) = found[True], found[False]
+    assert (end.text, end.tokens, end.reason) == (told.text, told.tokens, told.reason)
+    assert "".join(grown) == "".join(late) == end.text
+    assert late == (grown if stop else ["", end.text])
+
+
+def test_a_first_token_does_not_wait_for_the_decoding_that_follows(
+    model: tuple[Path, Manifest], session: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told when its prompt has been read; the rest of the step's events when the step is over."""
+    batcher = make(model, session)
+    order: list[str] = []
+    decode = batcher._runner.decode
+    monkeypatch.setattr(batcher._runner, "decode", lambda *args: (order.append("decode"), decode(*args))[1])
+    batcher.add(request("a", [40, 41, 42]))
+    batcher.add(request("b", [50, 51]))
+    left = batcher.step(lambda events: order.extend(event.id for event in events))
+    assert order == ["a", "b", "decode"]
+    assert {event.id for event in left} <= {"a", "b"}
+
+
 def test_text_never_splits_a_character_and_stops_before_a_stop_string(model: tuple[Path, Manifest]) -> None:
     """Bytes of one character wait for the rest; a stop string is found across tokens and not shown."""
     tokenizer = Text(model[0], model[1].tokenizer).tokenizer

@@ -67,6 +67,16 @@ def test_mapped_weights_give_the_same_tokens(model: Model, variant: str, tmp_pat
     assert answer(model, variant, tmp_path / "cache") == plain
 
 
+def test_weights_written_in_large_pieces_are_the_same_weights(tmp_path: Path) -> None:
+    """Byte by byte, whole pieces and what is left; nothing else stays behind."""
+    file = tmp_path / "model.bin"
+    content = np.random.default_rng(0).bytes(2 * shared_weights._PIECE_BYTES + 4097)
+    file.write_bytes(content)
+    shared_weights.in_large_pieces(file)
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_damaged_or_impossible_cache_costs_nothing_but_memory(model: Model, tmp_path: Path) -> None:
     """A broken entry is thrown away, and a cache that cannot be written is done without: the model loads either way."""
     plain = answer(model, "fp32", None)

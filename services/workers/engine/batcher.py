@@ -20,7 +20,7 @@ from services.workers.engine.drafting import Drafter, Widths
 from services.workers.engine.energy import AttributedMeter, Meter
 from services.workers.engine.gate import Gate, Open
 from services.workers.engine.lora import APART, Choice, Stack
-from services.workers.engine.pace import Pace
+from services.workers.engine.pace import JOINED, STALL, Pace
 from services.workers.engine.runner import Logits, Runner
 from services.workers.engine.schedule import Move, Schedule
 from services.workers.engine.text import Growing, Text
@@ -31,8 +31,8 @@ PREFILL_CHUNK = 256
 """Most prompt tokens read in one piece: 512 took as long as twice 256 (SmolLM2-135M, 576 and 568 ms)."""
 
 LONG = 384
-"""Prompt tokens to read from which on they are read in one pass with decoding. That makes gaps short, and first tokens
-late: GSM8K questions, sixteen at a time, waited 1.1 s for theirs with all prompts read so, 0.3 s apart."""
+"""Prompt tokens to read from which on streams beside them are held up less (`pace.JOINED`) than by shorter prompts,
+which are soon read (`pace.STALL`)."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,16 @@ class Request:
     """Read before those that are not."""
     adapter: str = ""
     """LoRA adapter over the model; empty for none."""
+    streamed: bool = True
+    """Its text is wanted as it grows, and not only at its end."""
     prompt_lookup: bool = False
     """While it runs alone, guess tokens out of its own text and verify several at once: the answer is the same."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Text that a running sequence gained in a step; empty text marks its first token."""
+    """Text that a running sequence gained in a step; empty text marks its first token. Of one that is not streamed all
+    may come with its end."""
 
     id: str
     text: str
@@ -150,8 +153,8 @@ class Batcher:
         gate: Gate | None = None,
         adapters: Choice | None = None,
     ) -> None:
-        """`clock` gives Unix seconds, `timer` measures steps; `schedule` is made for `slots` when left out. Prompts of
-        more than `long` tokens are read in one pass with decoding, where the runner can."""
+        """`clock` gives Unix seconds, `timer` measures steps; `schedule` is made for `slots` when left out. Streams are
+        held up less beside prompts of more than `long` tokens, where the runner reads and decodes in one pass."""
         self._runner = runner
         self._text = text
         self._context = context
@@ -204,7 +207,7 @@ class Batcher:
             )
         limit = min(request.sampling.max_tokens, self._context - len(prompt))
         self._sequences[request.id] = _Sequence(
-            request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop),
+            request, prompt, limit, Growing(self._text.tokenizer, request.sampling.stop, late=not request.streamed),
             sampling.generator(request.sampling.seed), adapter,
             Drafter(prompt) if request.prompt_lookup and self._runner.verifies else None,
         )  # fmt: skip
@@ -242,7 +245,8 @@ class Batcher:
         """Read prompts for a while and advance each running sequence by a token; empty when nothing is to do.
 
         `on_end` is told, as soon as an answer has ended, all that the step has brought so far, before the texts of the
-        other sequences are made; what it is not told of is returned.
+        other sequences are made; and so it is of the first token of a prompt that was read apart, before the decoding
+        that follows. What it is not told of is returned.
         """
         self._on_end = on_end
         self._came = self._expire()
@@ -290,12 +294,13 @@ class Batcher:
     def _read(self) -> _Piece | None:
         """Read pieces of prompts, of several when they are short, within the time that `Pace` allows; what is to be
         read with the decoding that follows is returned."""
-        left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
-        apart = False
+        left_s, apart = 0.0, False
         while True:
             sequence, moves = self._schedule.next_prefill(self._clock())
             if sequence is None:
                 return None
+            if not apart:
+                left_s = self._pace.budget_s(len(self._schedule.decoding), contended=self._gate.contended)
             began = self._timer()
             self._apply(moves)
             state = self._sequences[sequence]
@@ -314,17 +319,14 @@ class Batcher:
                 return None
 
     def _joined(self, sequence: str, most: int) -> _Piece | None:
-        """What of a prompt to read in one pass with those that decode. A prompt that is not long, or can be read at
-        once, is read apart: so can the next one in the same step."""
+        """What of a prompt to read in one pass with those that decode. A prompt that can be read at once is read apart:
+        so can the next one in the same step."""
         state, start, rows = self._sequences[sequence], len(self._schedule.tokens(sequence)), self._schedule.span
         first, unread = start == state.tokens_cached, len(state.prompt) - state.tokens_cached
-        if (
-            not (self._runner.joins and rows)
-            or state.adapter
-            or unread <= (max(most, self._long) if first else self._long)
-        ):
+        if not (self._runner.joins and rows) or state.adapter or (first and unread <= most):
             return None
-        tokens = self._pace.joined(rows, contended=self._gate.contended, first=first)
+        stall = JOINED if unread > self._long else STALL
+        tokens = self._pace.joined(rows, contended=self._gate.contended, first=first, stall=stall)
         return _Piece(sequence, state.prompt[start : start + tokens], start)
 
     def _read_piece(self, sequence: str, most: int) -> None:
@@ -342,6 +344,7 @@ class Batcher:
             return
         self._apply(schedule.prefilled(sequence))
         self._take(np.asarray(logits)[None], [sequence])
+        self._tell()
 
     def _decode(self, piece: _Piece | None) -> None:
         schedule = self._schedule
@@ -436,12 +439,16 @@ class Batcher:
             for (state, choice), ends in zip(chosen, ending, strict=True):
                 if ends:
                     self._advance(state, choice, now)
-            if self._on_end is not None:
-                came, self._came = self._came, []
-                self._on_end(came)
+            self._tell()
         for (state, choice), ends in zip(chosen, ending, strict=True):
             if not ends:
                 self._advance(state, choice, now)
+
+    def _tell(self) -> None:
+        """What the step has brought so far goes now, to whoever listens."""
+        if self._on_end is not None and self._came:
+            came, self._came = self._came, []
+            self._on_end(came)
 
     def _ends(self, state: _Sequence, choice: sampling.Choice) -> bool:
         """Whether this token is the last, as far as can be told before its text is made."""

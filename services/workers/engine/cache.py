@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from services.workers.engine.schedule import Copy, Move, Release, Swap
+from shared.errors import DeviceUnavailable
 from shared.messages import Device
 
 Shape = tuple[int, int, int]
@@ -130,7 +132,15 @@ def _copier(dtype: type[np.generic], device: Device) -> ort.InferenceSession:
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     provider: Any = ("CUDAExecutionProvider", {"device_id": str(device.index)})
-    return ort.InferenceSession(
-        model.SerializeToString(),
-        providers=[provider] if device.kind == "cuda" else ["CPUExecutionProvider"],
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a missing provider: told as an error below
+        session = ort.InferenceSession(
+            model.SerializeToString(),
+            providers=[provider] if device.kind == "cuda" else ["CPUExecutionProvider"],
+        )
+    if device.kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise DeviceUnavailable(
+            f"CUDA device {device.index} was asked for, and ONNX Runtime copies rows on the CPU.",
+            "Install the [gpu] extra with matching CUDA libraries, or set CALM_DEVICE=cpu.",
+        )
+    return session

@@ -13,10 +13,11 @@ import statistics
 from collections import deque
 
 STALL = 2.6
-"""A step that reads, then decodes, over one that only decodes. Measured (7 streams, 1,500 tokens, 2 cores):
-docs/decisions/0018."""
+"""A step that reads over one that only decodes, whether it reads first or does both in one pass. Measured: 7 streams
+and 1,500 tokens apart, docs/decisions/0018; 1 to 7 streams and 100 tokens in one pass, docs/decisions/0030."""
 JOINED = 2.1
-"""The same of a step that does both in one pass, which reads as much in less: docs/decisions/0022."""
+"""The same of a step that does both in one pass, beside a long prompt, where steps grow with what has been read:
+docs/decisions/0022."""
 BESIDE = 1.25
 """Decoding beside reading is taken to be slower by no more than this: what is known of decoding alone grows old."""
 ALONE_S = 0.25
@@ -64,11 +65,12 @@ class Pace:
             return min(self._most, 4 * LEAST)
         return max(1, min(self._most, max(LEAST, int(budget_s / self._per_token_s))))
 
-    def joined(self, rows: int, *, contended: bool, first: bool) -> int:
-        """Prompt tokens to read in one pass with `rows` sequences that decode. Of a prompt's `first` piece nothing is
-        known yet, where it begins behind a long kept beginning least of all: half as many."""
+    def joined(self, rows: int, *, contended: bool, first: bool, stall: float = JOINED) -> int:
+        """Prompt tokens to read in one pass with `rows` sequences that decode, which may take `stall` times as long as
+        decoding alone. Of a prompt's `first` piece nothing is known yet, where it begins behind a long kept beginning
+        least of all: half as many."""
         alone_s = self._decoding_alone_s(rows) or self._decoding_s(rows)
-        added_s = min((JOINED - 1) * alone_s, SHARED_S if contended else ALONE_S)
+        added_s = min((stall - 1) * alone_s, SHARED_S if contended else ALONE_S)
         per_token_s = self._joined_s or self._per_token_s
         tokens = int(added_s / per_token_s) - _PASS if per_token_s else LEAST
         return min(self._most, max(LEAST_JOINED, tokens // 2 if first else tokens))
@@ -84,7 +86,9 @@ class Pace:
     def has_decoded(self, rows: int, seconds: float) -> None:
         self._decode_s[rows] = _mean(self._decode_s.get(rows, 0.0), seconds)
         if not self._reading:
-            self._alone_s.setdefault(rows, deque(maxlen=_RECENT)).append(seconds)
+            if rows not in self._alone_s:
+                self._alone_s[rows] = deque(maxlen=_RECENT)
+            self._alone_s[rows].append(seconds)
         self._reading = False
 
     def has_joined(self, tokens: int, rows: int, seconds: float) -> None:
