@@ -320,10 +320,12 @@ class Batcher:
 
     def _joined(self, sequence: str, most: int) -> _Piece | None:
         """What of a prompt to read in one pass with those that decode. A prompt that can be read at once is read apart:
-        so can the next one in the same step."""
+        so can the next one in the same step. And so are those that are not long while engines take turns."""
         state, start, rows = self._sequences[sequence], len(self._schedule.tokens(sequence)), self._schedule.span
         first, unread = start == state.tokens_cached, len(state.prompt) - state.tokens_cached
         if not (self._runner.joins and rows) or state.adapter or (first and unread <= most):
+            return None
+        if unread <= self._long and self._gate.contended:  # steps are rare: each is to hold what several prompts need
             return None
         stall = JOINED if unread > self._long else STALL
         tokens = self._pace.joined(rows, contended=self._gate.contended, first=first, stall=stall)
