@@ -120,11 +120,11 @@ class Posterior:
         own, shared = z @ self.own_root, z @ self.shared_root  # [k, n, p]
         return z @ self.mean.T, np.sqrt((own**2).sum(-1) + (shared**2).sum(-1)).T
 
-    def sample(self, normal: Array) -> Array:
-        """Weights [..., k, p] drawn from the posterior by standard normals [..., k + 1, p]; the last row moves all."""
-        own = np.einsum("kpq,...kq->...kp", self.own_root, normal[..., :-1, :])
-        shared = np.einsum("kpq,...q->...kp", self.shared_root, normal[..., -1, :])
-        return np.asarray(self.mean + own + shared)
+    def spread(self, z: NDArray[Any]) -> tuple[Array, Array]:
+        """How the expected outcomes for one query, z [p], may deviate: the standard deviation of each model's own [k],
+        and what a standard normal [p], the same for all models, does to them [k, p]."""
+        own = z @ self.own_root
+        return np.sqrt(np.einsum("kp,kp->k", own, own)), z @ self.shared_root
 
 
 def solve(sums: Sums, prior: Prior) -> Posterior:

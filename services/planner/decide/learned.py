@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from shared import messages as m
 from shared.learn import features
+from shared.learn.bandit import DRAWS, DUEL, allocation
 from shared.learn.live import Learner
 from shared.learn.live_length import Lengths
+from shared.learn.quality import QualityModel, Spread
+from shared.learn.readable import product
 from shared.learn.signs import HIGHEST
 
 Array = NDArray[Any]
@@ -51,7 +54,7 @@ def tokens_out(learned: Learned, profile: m.Profile, cards: Sequence[m.Card], ot
 
 def predict(
     learned: Learned, profile: m.Profile, cards: Sequence[m.Card], prior: Array, terms: Terms, *, expects: bool = False
-) -> tuple[Array, Array, Terms]:
+) -> tuple[Array, Spread, Terms]:
     """Quality of each card for a query, 0 to 1. Where something is expected of the answer, by the query or by the card,
     it is what a readable answer is worth times what is to be seen of answers: how often they can be read, and whether
     they are longer than usual (`shared.learn.readable`).
@@ -65,69 +68,69 @@ def predict(
         expects: whether the query says what its answer must look like.
 
     Returns:
-        [k] quality, [k] standard deviation of that expectation (0 where nothing is learned), and terms: those given,
+        [k] quality, how that expectation may deviate (not at all where nothing is learned), and terms: those given,
         with `prior`, and `learned` (the mean added to it), `std`, `scale`, `readable` (the sign of an answer that is
         expected: `shared.learn.signs`) where they apply.
     """
     k = len(cards)
-    mean, std = np.zeros(k), np.zeros(k)
-    readable: dict[int, tuple[float, float]] = {}
     x = features.joined(np.frombuffer(profile.embedding, "<f4"), profile.form)
     learner = learned.learner
+    mean, worth, chance, sign, read = np.zeros(k), Spread.none(k), np.ones(k), Spread.none(k), np.zeros(k, bool)
     if learner is not None and learner.quality is not None and len(x) == len(learner.quality.topics.centre):
-        row = {name: i for i, name in enumerate(learner.cards)}
-        known = [i for i, card in enumerate(cards) if card.name in row]
-        columns = [row[cards[i].name] for i in known]
-        found = learner.quality.predict(x[None, :])
-        mean[known], std[known] = found.mean[0, columns], found.std[0, columns]
-        if expects or any(card.expect is not None for card in cards):
-            readable = _readable(learner, x, [(i, row[cards[i].name]) for i in known if expects or cards[i].expect])
+        column = {name: i for i, name in enumerate(learner.cards)}
+        known = np.array([column.get(card.name, -1) for card in cards])
+        mean, worth = _taken(learner.quality, x, known)
+        if learner.readable is not None and learner.readings:
+            read = (known >= 0) & np.array([expects or card.expect is not None for card in cards])
+            if read.any():
+                usual, sign = _taken(learner.readable, x, np.where(read, known, -1))
+                chance = np.clip(1.0 + usual, 0.0, HIGHEST)
     scale = np.array([learned.scale(card.name) for card in cards])
     quality = np.clip((prior + mean) * scale, 0.0, 1.0)
-    for i, (chance, spread) in readable.items():
-        # `std` is that of quality before `scale`, which multiplies it wherever it is used
-        std[i] = np.hypot(chance * std[i], quality[i] / max(scale[i], 1e-6) * spread)
-        quality[i] = min(quality[i] * chance, 1.0)
-        terms[i]["readable"] = chance
+    spread = product(chance, sign, quality, Spread(scale * worth.own, scale[:, None] * worth.shared))
+    quality = np.minimum(quality * chance, 1.0)
+    std = spread.std / np.maximum(scale, 1e-6)
     for i, term in enumerate(terms):
+        if read[i]:
+            term["readable"] = float(chance[i])
         term["prior"] = float(prior[i])
         if learner is not None:
             term["learned"], term["std"] = float(mean[i]), float(std[i])
         if scale[i] != 1.0:
             term["scale"] = float(scale[i])
-    return quality, std, terms
+    return quality, spread, terms
 
 
-def _readable(learner: Learner, x: Array, wanted: Sequence[tuple[int, int]]) -> dict[int, tuple[float, float]]:
-    """Expected sign of an answer, and its standard deviation, by index of the card; `wanted` has each
-    card's index and its column in what is learned."""
-    if learner.readable is None or not learner.readings or not wanted:
-        return {}
-    found = learner.readable.predict(x[None, :], np.ones((1, len(learner.cards))))
-    return {i: (float(np.clip(found.mean[0, j], 0.0, HIGHEST)), float(found.std[0, j])) for i, j in wanted}
+def _taken(model: QualityModel, x: Array, columns: Array) -> tuple[Array, Spread]:
+    """Expectations for one query, and how they may deviate, at these columns; 0 and not at all where that is -1."""
+    there = columns >= 0
+    spread = model.spread(x)
+    return (
+        np.where(there, model.expected_one(x)[columns], 0.0),
+        Spread(np.where(there, spread.own[columns], 0.0), np.where(there[:, None], spread.shared[columns], 0.0)),
+    )
 
 
-def shares(utility: Array, spread: Array, normal: Array, budget: float) -> Array:
-    """Probabilities [k] with which each candidate is to be chosen: Thompson sampling within a budget.
+def normals(learned: Learned | None, cards: int) -> tuple[int, int]:
+    """Shape of the standard normals that exploring among so many cards takes."""
+    learner = learned.learner if learned is not None else None
+    both = () if learner is None else (learner.quality, learner.readable)
+    return DRAWS, cards + sum(model.topics.size for model in both if model is not None)
 
-    The share of draws in which a candidate is the best when each utility deviates by `spread` (Thompson, Biometrika
-    25, 1933). The best guess keeps at least 1 - `budget`.
+
+def shares(utility: Array, deviations: Array, budget: float) -> Array:
+    """Probabilities [k] with which each candidate is to be chosen: top-two Thompson sampling within a budget, by the
+    function by which the benches explore (`shared.learn.bandit.allocation`).
 
     Args:
         utility: [k] of those that stand.
-        spread: [k] standard deviation of the part of utility that quality is.
-        normal: [s, k] standard normal draws.
+        deviations: [s, k] draws of how far each may be from that, for the quality in it.
         budget: largest probability of not choosing the best guess.
     """
     best = int(np.argmax(utility))
-    if budget <= 0.0 or len(normal) == 0 or not spread.any():
+    if budget <= 0.0 or not deviations.any():
         return np.asarray(np.eye(len(utility))[best])
-    share = np.bincount((utility + spread * normal).argmax(axis=1), minlength=len(utility)) / len(normal)
-    off = 1.0 - share[best]
-    if off > budget:
-        share = share * (budget / off)
-        share[best] = 1.0 - budget
-    return np.asarray(share)
+    return allocation(utility + deviations, best, budget=budget, duel=DUEL)
 
 
 def draw(share: Array, uniform: float) -> int:

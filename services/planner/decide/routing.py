@@ -28,6 +28,7 @@ from services.planner.decide.scoring import Limits, Scores, latency_penalty
 from services.planner.decide.standing import Predictor, Standing, Standings
 from shared import messages as m
 from shared.errors import CalmError, ContextExceeded, NoFeasibleModel
+from shared.learn.quality import Spread
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class State:
 
 @dataclass(frozen=True)
 class Chance:
-    """Randomness for exploration: standard normal draws [s, k or more] and a uniform number from 0 to 1."""
+    """Randomness for exploration: standard normal draws (`learned.normals`) and a uniform number from 0 to 1."""
 
     normal: scoring.Array
     uniform: float
@@ -66,12 +67,14 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
     """
     query = analyzed.accepted.query
     weights = weights_of(query.preference, state.policy)
-    candidates = _candidates(analyzed, state, weights, now)
+    candidates, spread = _candidates(analyzed, state, weights, now)
     standing = sorted((c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card))
     reason = _reason(query, standing, candidates)
     propensity = 1.0
-    if chance is not None and reason == "best_utility":
-        standing, propensity = _explored(standing, weights["w_q"], chance, state.policy.explore)
+    if chance is not None and spread is not None and reason == "best_utility":
+        rows = {c.card: row for row, c in enumerate(candidates)}
+        order = [rows[c.card] for c in standing]
+        standing, propensity = _explored(standing, order, spread, weights["w_q"], chance, state.policy.explore)
         reason = "explored" if standing[0].utility < max(c.utility for c in standing) else reason
     best = standing[0] if standing else None
     second = standing[1] if len(standing) > 1 else None
@@ -140,7 +143,10 @@ class _Weights:
     energy_ref_j: float
 
 
-def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float) -> list[m.Candidate]:
+def _candidates(
+    analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float
+) -> tuple[list[m.Candidate], Spread | None]:
+    """Every card with its terms, and how far its quality may be from what is expected, where that is learned."""
     query, profile, policy = analyzed.accepted.query, analyzed.profile, state.policy
     standing = state.standings.of(state.cards, state.workers, state.qos)
     cards = standing.cards
@@ -151,10 +157,11 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
         expected = learning.tokens_out(state.learned, profile, cards, expected)
     room = np.maximum(standing.context - tokens_in, 0.0)
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
+    spread = None
     if state.learned is not None:  # 4
         promised, terms = standing.promise.predict(profile)
         expects = query.expect is not None
-        q, _, terms = learning.predict(state.learned, profile, cards, promised, terms, expects=expects)
+        q, spread, terms = learning.predict(state.learned, profile, cards, promised, terms, expects=expects)
     elif state.predictor is not None:
         q, terms = state.predictor(analyzed, cards)
     else:
@@ -179,9 +186,10 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
     if state.learned is not None and query.model is None:
         outside = _quarantine(outside, standing, state.learned)
     left_s = analyzed.accepted.deadline_at - now
-    return _explain(
+    found = _explain(
         query, standing, outside, q.tolist(), terms, scores, tokens_in.tolist(), tokens_out.tolist(), left_s
     )
+    return found, spread
 
 
 def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> list[str | None]:
@@ -221,17 +229,17 @@ def _patience(
 
 
 def _explored(
-    standing: list[m.Candidate], w_q: float, chance: Chance, budget: float
+    standing: list[m.Candidate], order: list[int], spread: Spread, w_q: float, chance: Chance, budget: float
 ) -> tuple[list[m.Candidate], float]:
-    """The candidates with the one that is drawn in front, and the probability that it had."""
-    if not any(c.terms.get("std") for c in standing):  # nothing is known to be uncertain
+    """The candidates with the one that is drawn in front, and the probability that it had; `order` are their places in
+    `spread`."""
+    if not spread.std[order].any():  # nothing is known to be uncertain
         return standing, 1.0
     utility = np.array([c.utility for c in standing])
-    spread = np.array([w_q * c.terms.get("std", 0.0) * c.terms.get("scale", 1.0) for c in standing])
-    share = learning.shares(utility, spread, chance.normal[:, : len(standing)], budget)
+    share = learning.shares(utility, w_q * spread.deviations(chance.normal)[:, order], budget)
     chosen = learning.draw(share, chance.uniform)
     front = standing[chosen]
-    bonus = {"explore_spread": float(spread[chosen]), "explored": float(chosen != 0)} if spread.any() else {}
+    bonus = {"explore_spread": float(w_q * spread.std[order[chosen]]), "explored": float(chosen != 0)}
     front = msgspec.structs.replace(front, terms={**front.terms, **bonus})
     return [front, *standing[:chosen], *standing[chosen + 1 :]], float(share[chosen])
 
