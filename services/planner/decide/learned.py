@@ -85,19 +85,20 @@ def predict(
             if read.any():
                 usual, sign = _taken(learner.readable, x, np.where(read, known, -1))
                 chance = np.clip(1.0 + usual, 0.0, HIGHEST)
-    scale = np.array([learned.scale(card.name) for card in cards])
+    scale = np.array([learned.scale(card.name) for card in cards]) if learned.standings else np.ones(k)
     quality = np.clip((prior + mean) * scale, 0.0, 1.0)
     spread = product(chance, sign, quality, Spread(scale * worth.own, scale[:, None] * worth.shared))
     quality = np.minimum(quality * chance, 1.0)
     std = spread.std / np.maximum(scale, 1e-6)
-    for i, term in enumerate(terms):
-        if read[i]:
-            term["readable"] = float(chance[i])
-        term["prior"] = float(prior[i])
+    columns = (a.tolist() for a in (prior, mean, std, scale, chance, read))
+    for term, promised, added, deviation, factor, sign_of, is_read in zip(terms, *columns, strict=True):
+        if is_read:
+            term["readable"] = sign_of
+        term["prior"] = promised
         if learner is not None:
-            term["learned"], term["std"] = float(mean[i]), float(std[i])
-        if scale[i] != 1.0:
-            term["scale"] = float(scale[i])
+            term["learned"], term["std"] = added, deviation
+        if factor != 1.0:
+            term["scale"] = factor
     return quality, spread, terms
 
 
