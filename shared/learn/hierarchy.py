@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -123,8 +124,14 @@ class Posterior:
     def spread(self, z: NDArray[Any]) -> tuple[Array, Array]:
         """How the expected outcomes for one query, z [p], may deviate: the standard deviation of each model's own [k],
         and what a standard normal [p], the same for all models, does to them [k, p]."""
-        own = z @ self.own_root
-        return np.sqrt(np.einsum("kp,kp->k", own, own)), z @ self.shared_root
+        own, shared = (self._roots @ z).reshape(2, *self.mean.shape)
+        return np.sqrt(np.einsum("kp,kp->k", own, own)), shared
+
+    @cached_property
+    def _roots(self) -> Array:
+        """[2 k p, p]: both roots in the order in which one product with a query's features goes through them."""
+        rows = [np.swapaxes(root, 1, 2).reshape(-1, self.mean.shape[1]) for root in (self.own_root, self.shared_root)]
+        return np.ascontiguousarray(np.concatenate(rows))
 
 
 def solve(sums: Sums, prior: Prior) -> Posterior:

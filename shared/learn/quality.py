@@ -179,6 +179,14 @@ class QualityModel:
         found = self.posterior.mean @ self.topics.encode_one(x)
         return found if self._detail is None else found + (x - self._detail[0]) @ self._detail[1]
 
+    def guess(self, x: NDArray[Any]) -> tuple[Array, Spread]:
+        """`expected_one` and `spread` of one query at once: x [d]."""
+        z = self.topics.encode_one(x)
+        mean = self.posterior.mean @ z
+        if self._detail is not None:
+            mean = mean + (x - self._detail[0]) @ self._detail[1]
+        return mean, Spread(*self.posterior.spread(z))
+
     def spread(self, x: NDArray[Any], prior: NDArray[Any] | None = None) -> Spread:
         """How the expectations of `predict` may deviate for one query, x [d]; `prior` makes no difference."""
         return Spread(*self.posterior.spread(self.topics.encode_one(x)))

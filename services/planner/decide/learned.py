@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,13 @@ def predict(
     learner = learned.learner
     mean, worth, chance, sign, read = np.zeros(k), Spread.none(k), np.ones(k), Spread.none(k), np.zeros(k, bool)
     if learner is not None and learner.quality is not None and len(x) == len(learner.quality.topics.centre):
-        column = {name: i for i, name in enumerate(learner.cards)}
-        known = np.array([column.get(card.name, -1) for card in cards])
+        names = tuple([card.name for card in cards])
+        known = _columns(names, learner.cards)
         mean, worth = _taken(learner.quality, x, known)
         if learner.readable is not None and learner.readings:
-            read = (known >= 0) & np.array([expects or card.expect is not None for card in cards])
+            read = known >= 0
+            if not expects:
+                read &= np.array([card.expect is not None for card in cards])
             if read.any():
                 usual, sign = _taken(learner.readable, x, np.where(read, known, -1))
                 chance = np.clip(1.0 + usual, 0.0, HIGHEST)
@@ -104,12 +107,18 @@ def predict(
 
 def _taken(model: QualityModel, x: Array, columns: Array) -> tuple[Array, Spread]:
     """Expectations for one query, and how they may deviate, at these columns; 0 and not at all where that is -1."""
-    there = columns >= 0
-    spread = model.spread(x)
-    return (
-        np.where(there, model.expected_one(x)[columns], 0.0),
-        Spread(np.where(there, spread.own[columns], 0.0), np.where(there[:, None], spread.shared[columns], 0.0)),
-    )
+    found, spread = model.guess(x)
+    mean, own, shared, there = found[columns], spread.own[columns], spread.shared[columns], columns >= 0
+    if not there.all():
+        mean[~there], own[~there], shared[~there] = 0.0, 0.0, 0.0
+    return mean, Spread(own, shared)
+
+
+@lru_cache(maxsize=8)
+def _columns(names: tuple[str, ...], known: tuple[str, ...]) -> Array:
+    """Where each of these names is among those known; -1 where it is not. Not to be written to."""
+    column = {name: i for i, name in enumerate(known)}
+    return np.array([column.get(name, -1) for name in names])
 
 
 def normals(learned: Learned | None, cards: int) -> tuple[int, int]:

@@ -208,6 +208,8 @@ def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> li
 
 def _quarantine(outside: list[str | None], standing: Standing, learned: Learned) -> list[str | None]:
     """1: a quarantined card is out, unless nothing else is in. Who asks for it by name gets it."""
+    if not learned.standings:
+        return outside
     strict = [
         reason or ("quarantined" if learned.quarantined(card.name) else None)
         for reason, card in zip(outside, standing.cards, strict=True)
@@ -233,13 +235,14 @@ def _explored(
 ) -> tuple[list[m.Candidate], float]:
     """The candidates with the one that is drawn in front, and the probability that it had; `order` are their places in
     `spread`."""
-    if not spread.std[order].any():  # nothing is known to be uncertain
+    std = w_q * spread.std
+    if not std[order].any():  # nothing is known to be uncertain
         return standing, 1.0
     utility = np.array([c.utility for c in standing])
     share = learning.shares(utility, w_q * spread.deviations(chance.normal)[:, order], budget)
     chosen = learning.draw(share, chance.uniform)
     front = standing[chosen]
-    bonus = {"explore_spread": float(w_q * spread.std[order[chosen]]), "explored": float(chosen != 0)}
+    bonus = {"explore_spread": float(std[order[chosen]]), "explored": float(chosen != 0)}
     front = msgspec.structs.replace(front, terms={**front.terms, **bonus})
     return [front, *standing[:chosen], *standing[chosen + 1 :]], float(share[chosen])
 
