@@ -64,7 +64,7 @@ def taught(cards: Sequence[str], rng: np.random.Generator) -> Learned:
         learner.seen(row)
     learner.begin(first_quality(learner.cards, first, len(features.FORM)))
     for i in range(300):
-        x, card = rng.standard_normal(first.shape[1]), cards[int(rng.integers(len(cards)))]
+        x, card = rng.standard_normal((1, first.shape[1]))[0], cards[int(rng.integers(len(cards)))]
         learner.heard(card, x, bool(rng.random() < 0.9), str(i), int(rng.integers(20, 400)))
         if i % 3 == 0:
             learner.judged(card, x, 0.5, float(rng.random() < 0.5), str(i))
