@@ -1,7 +1,7 @@
 """What decisions cost: `python -m bench.decide [--cards 200] [--workers 50] [--residency-workers 1000]`.
 
-A route decision as the planner takes it, explanation included; and a residency pass with a forecast. The fleet changes
-between any two decisions: queues grow and shrink, engines start and stop.
+A route decision as the planner takes it, with learned quality, exploration and explanation; and a residency pass with a
+forecast. The fleet changes between any two decisions: queues grow and shrink, engines start and stop.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ import msgspec
 import numpy as np
 
 from bench.report import machine, percentiles, print_machine, print_table, write_json
+from services.planner.decide import learned as learning
 from services.planner.decide import residency, routing
 from services.planner.decide.demand import Demand
+from services.planner.decide.learned import Learned
 from services.planner.decide.rooms import Forecast
 from services.planner.decide.standing import Standings
 from shared import messages as m
+from shared.learn import features
+from shared.learn.live import START, Learner, first_quality
 
 GB = 10**9
+HIDDEN = 384
 DOMAINS = tuple(f"domain-{i}" for i in range(14))
 
 
@@ -51,12 +57,27 @@ def fleet(cards: int, workers: int, rng: np.random.Generator) -> tuple[dict[str,
     return made, states
 
 
+def taught(cards: Sequence[str], rng: np.random.Generator) -> Learned:
+    """What is learned of the cards from answers to queries at random, a third of them judged."""
+    learner = Learner(cards)
+    first = rng.standard_normal((START, HIDDEN + len(features.FORM)))
+    for row in first:
+        learner.seen(row)
+    learner.begin(first_quality(learner.cards, first, len(features.FORM)))
+    for i in range(300):
+        x, card = rng.standard_normal((1, first.shape[1]))[0], cards[int(rng.integers(len(cards)))]
+        learner.heard(card, x, bool(rng.random() < 0.9), str(i), int(rng.integers(20, 400)))
+        if i % 3 == 0:
+            learner.judged(card, x, 0.5, float(rng.random() < 0.5), str(i))
+    return Learned(learner, version=1)
+
+
 def routes(cards: int, workers: int, count: int, rng: np.random.Generator) -> tuple[list[float], list[float]]:
     """Seconds of each route decision: of wall time, and of this thread's CPU time."""
     made, states = fleet(cards, workers, rng)
     policy = m.Policy(fleet="bench")
     qos = m.Qos()
-    standings = Standings()
+    standings, learned = Standings(), taught(list(made), rng)
     share = rng.dirichlet([0.3] * len(DOMAINS), count)
     spent, worked = [], []
     for i in range(count):
@@ -68,17 +89,23 @@ def routes(cards: int, workers: int, count: int, rng: np.random.Generator) -> tu
             domains=dict(zip(DOMAINS, share[i].tolist(), strict=True)),
             affinity={name: float(x) for name, x in zip(made, rng.uniform(0, 0.5, cards), strict=True)},
             tokens_in={f"model-{k}": 200 for k in range(cards)},
+            embedding=rng.standard_normal(HIDDEN).astype("<f4").tobytes(),
+            form=features.packed("What is it? (A) one (B) two"),
         )
-        accepted = m.Accepted(query=m.Query(prompt="x"), query_id=str(i), deadline_at=1e12)
+        query = m.Query(prompt="x", expect=m.ExpectNumber())
+        accepted = m.Accepted(query=query, query_id=str(i), deadline_at=1e12)
         analyzed = m.Analyzed(accepted=accepted, profile=profile)
         state = routing.State(
-            cards=made, policy=policy, workers=list(states), qos=qos, waiting=waiting, standings=standings
-        )
+            cards=made, policy=policy, workers=list(states), qos=qos, waiting=waiting, standings=standings,
+            learned=learned,
+        )  # fmt: skip
         used, began = time.thread_time(), time.perf_counter()
-        route = routing.decide(analyzed, state, 0.0)
+        chance = routing.Chance(rng.standard_normal(learning.normals(learned, cards)), rng.random())
+        route = routing.decide(analyzed, state, 0.0, chance)
         spent.append(time.perf_counter() - began)
         worked.append(time.thread_time() - used)
         assert len(route.candidates) == cards
+        assert learned.learner is None or "readable" in route.candidates[0].terms
     return spent[5:], worked[5:]
 
 

@@ -49,7 +49,10 @@ def taught(models: Sequence[str], x: Array, score: Array, rng: np.random.Generat
     """What is known after `OUTCOMES` outcomes of its own choices."""
     model = QualityModel.start(models, x)
     for row in rng.permutation(len(x))[:OUTCOMES].tolist():
-        chances = bandit.distribution(model, x[row], rng.standard_normal(bandit.shape_of(model)))
+        spread = model.spread(x[row])
+        chances = bandit.distribution(
+            model.expected_one(x[row]), spread, rng.standard_normal(spread.shape(bandit.DRAWS))
+        )
         choice = bandit.choose(chances, rng.random())
         model.update(x[row], choice.model, float(score[row, choice.model]))
     return model
@@ -59,8 +62,12 @@ def distributions(
     model: QualityModel, x: Array, rng: np.random.Generator, floor: float, cost: Array | float = 0.0
 ) -> Array:
     """[n, k] chances with which each model is chosen."""
-    shape = bandit.shape_of(model)
-    return np.stack([bandit.distribution(model, row, rng.standard_normal(shape), cost=cost, floor=floor) for row in x])
+    found = []
+    for row in x:
+        spread = model.spread(row)
+        normal = rng.standard_normal(spread.shape(bandit.DRAWS))
+        found.append(bandit.distribution(model.expected_one(row) - cost, spread, normal, floor=floor))
+    return np.stack(found)
 
 
 def serve(present: Array, score: Array, rng: np.random.Generator) -> offpolicy.Logged:

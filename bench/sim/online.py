@@ -39,10 +39,6 @@ Array = NDArray[Any]
 MARKS = (100, 200, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000)
 
 
-DUEL = 0.5
-"""Share of choices that go to a challenger."""
-
-
 class Learner(Protocol):
     def choose(self, row: int) -> int:
         """The model for the query of this row of the folder learned from."""
@@ -76,10 +72,12 @@ class Calm:
         *,
         hears: bool,
         promised: Array | None = None,
+        explore: float = 1.0,
     ) -> None:
-        """`hears`: learn from signs of answers; `promised` [k]: by the cards, for a readable answer."""
+        """`hears`: learn from signs of answers; `promised` [k]: by the cards, for a readable answer; `explore`: as in
+        the fleet's policy, the largest chance of not choosing the best guess."""
         self._x, self._judge, self._rng, self._hears = x, judge, rng, hears
-        self._names = models
+        self._names, self._explore = models, explore
         self._learner = Live(models)
         self._column = [self._learner.cards.index(model) for model in models]
         self._promised = np.zeros(len(models))
@@ -94,8 +92,10 @@ class Calm:
         model = self._known()
         if model is None:  # too few queries to make topics from: any of the models
             return int(self._rng.integers(len(self._names)))
-        normal = self._rng.standard_normal(bandit.shape_of(model))
-        chances = bandit.distribution(model, self._x[row], normal, prior=self._promised, duel=DUEL)
+        x = self._x[row]
+        mean, spread = model.predict(x[None, :], self._promised[None, :]).mean[0], model.spread(x, self._promised)
+        normal = self._rng.standard_normal(spread.shape(bandit.DRAWS))
+        chances = bandit.distribution(mean, spread, normal, budget=self._explore, duel=bandit.DUEL)
         return self._column.index(bandit.choose(chances, self._rng.random()).model)
 
     def heard(self, row: int, model: int, readable: bool, tokens: int) -> None:
@@ -113,7 +113,7 @@ class Calm:
         said = model.predict(self._judge, np.tile(self._promised, (len(self._judge), 1))).mean
         return np.asarray(said[:, self._column].argmax(1))
 
-    def _known(self) -> bandit.Quality | None:
+    def _known(self) -> QualityModel | ReadableQuality | None:
         quality, readable = self._learner.quality, self._learner.readable
         if quality is None or readable is None or not self._hears:
             return quality

@@ -11,6 +11,7 @@ import structlog
 from nats.aio.msg import Msg
 
 from services.planner.control import Control
+from services.planner.decide import learned as learning
 from services.planner.decide import routing
 from services.planner.knowledge import Knowledge
 from services.planner.placement import Placement
@@ -21,8 +22,6 @@ from shared.learn.kept import compact
 from shared.puller import Puller
 from shared.runtime import Context
 
-DRAWS = 32
-"""Draws of Thompson sampling for a decision: propensities are exact for these draws, however few."""
 RETRY_S = 0.25
 """A query that meets no worker at all goes back to the queue for this long."""
 REHEARSALS = 32
@@ -130,7 +129,8 @@ class Planner:
             await message.nak(delay=RETRY_S)
             return
         began = time.perf_counter()
-        chance = routing.Chance(self._random.standard_normal((DRAWS, len(state.cards))), self._random.random())
+        shape = learning.normals(state.learned, len(state.cards))
+        chance = routing.Chance(self._random.standard_normal(shape), self._random.random())
         route = routing.decide(analyzed, state, now, chance)
         route = msgspec.structs.replace(
             route,

@@ -1,5 +1,7 @@
 """Learning from the outcome of the chosen model alone: choices that explore, with propensities that are exact.
 
+The planner and the benches draw their choices by `allocation`.
+
 Thompson sampling (Thompson 1933; for contextual linear models Agrawal and Goyal 2013): a model is chosen as often as it
 is the best under the posterior. The share of posterior draws in which each model wins is the distribution that the
 choice is then drawn from, so the logged propensity is exact however few the draws. Where few outcomes are seen,
@@ -11,12 +13,12 @@ choices that may differ from the best guess.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.learn.quality import Prediction
+from shared.learn.quality import Spread
 
 Array = NDArray[np.float64]
 
@@ -26,16 +28,8 @@ LEAST = 0.1
 (0.448), and the mean score on the way 1.4 points lower (0.405 against 0.420; 16 seeds on each of four halves)."""
 
 
-class Quality(Protocol):
-    """What is known: `quality.QualityModel`, or `readable.ReadableQuality`."""
-
-    models: tuple[str, ...]
-
-    def predict(self, x: NDArray[Any], prior: NDArray[Any] | None = None) -> Prediction: ...
-
-    def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None) -> Array: ...
-
-    def shape(self, draws: int) -> tuple[int, int, int]: ...
+DUEL = 0.5
+"""Share of choices that go to a challenger, within the budget."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +42,10 @@ class Choice:
 
 
 def distribution(
-    model: Quality,
-    x: NDArray[Any],
-    normal: Array,
+    mean: Array,
+    spread: Spread,
+    normal: NDArray[Any],
     *,
-    cost: NDArray[Any] | float = 0.0,
-    prior: NDArray[Any] | None = None,
     budget: float = 1.0,
     floor: float = 0.0,
     duel: float = 0.0,
@@ -61,21 +53,27 @@ def distribution(
     """Probabilities [k] of choosing each model for a query.
 
     Args:
-        model: what is known.
-        x: [d] features.
-        normal: standard normals (`shape_of`).
-        cost: [k] taken from the expected score: the utility's other terms.
-        prior: [k] what the cards promise.
-        budget: largest probability, 0 to 1, of not choosing the best guess.
-        duel: share of choices that go to a challenger: the winner of those draws that the first draw's winner loses.
-        floor: smallest probability of any model, at most 1 / k; what off-policy evaluation needs.
+        mean: [k] what each is expected to be worth: the score, or a utility of which it is a part.
+        spread: how that may deviate.
+        normal: standard normals (`Spread.shape`).
+        budget, floor, duel: as in `allocation`.
     """
-    offset = None if prior is None else prior[None, :]
-    drawn = model.sample(x[None, :], normal, offset)[:, 0, :] - cost
-    share = np.bincount(drawn.argmax(1), minlength=len(model.models)) / len(drawn)
+    return allocation(mean + spread.deviations(normal), int(mean.argmax()), budget=budget, floor=floor, duel=duel)
+
+
+def allocation(drawn: Array, best: int, *, budget: float = 1.0, floor: float = 0.0, duel: float = 0.0) -> Array:
+    """Probabilities [k] of choosing each model, from draws of what each is worth [s, k].
+
+    Args:
+        drawn: from the posterior.
+        best: index of the best guess.
+        budget: largest probability, 0 to 1, of not choosing the best guess.
+        floor: smallest probability of any model, at most 1 / k; what off-policy evaluation needs.
+        duel: share of choices that go to a challenger: the winner of those draws that the first draw's winner loses.
+    """
+    share = np.bincount(drawn.argmax(1), minlength=drawn.shape[1]) / len(drawn)
     if duel > 0.0:
         share = challenged(share, duel, LEAST)
-    best = int((model.predict(x[None, :], offset).mean[0] - cost).argmax())
     off = 1.0 - share[best]
     if off > budget:
         share *= budget / off
@@ -100,8 +98,3 @@ def choose(probabilities: Array, uniform: float) -> Choice:
     index = int(np.searchsorted(np.cumsum(probabilities), uniform * probabilities.sum(), side="right"))
     index = min(index, len(probabilities) - 1)
     return Choice(index, float(probabilities[index]), probabilities)
-
-
-def shape_of(model: Quality, draws: int = DRAWS) -> tuple[int, int, int]:
-    """Shape of the standard normals that `distribution` takes."""
-    return model.shape(draws)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -120,11 +121,17 @@ class Posterior:
         own, shared = z @ self.own_root, z @ self.shared_root  # [k, n, p]
         return z @ self.mean.T, np.sqrt((own**2).sum(-1) + (shared**2).sum(-1)).T
 
-    def sample(self, normal: Array) -> Array:
-        """Weights [..., k, p] drawn from the posterior by standard normals [..., k + 1, p]; the last row moves all."""
-        own = np.einsum("kpq,...kq->...kp", self.own_root, normal[..., :-1, :])
-        shared = np.einsum("kpq,...q->...kp", self.shared_root, normal[..., -1, :])
-        return np.asarray(self.mean + own + shared)
+    def spread(self, z: NDArray[Any]) -> tuple[Array, Array]:
+        """How the expected outcomes for one query, z [p], may deviate: the standard deviation of each model's own [k],
+        and what a standard normal [p], the same for all models, does to them [k, p]."""
+        own, shared = (self._roots @ z).reshape(2, *self.mean.shape)
+        return np.sqrt(np.einsum("kp,kp->k", own, own)), shared
+
+    @cached_property
+    def _roots(self) -> Array:
+        """[2 k p, p]: both roots in the order in which one product with a query's features goes through them."""
+        rows = [np.swapaxes(root, 1, 2).reshape(-1, self.mean.shape[1]) for root in (self.own_root, self.shared_root)]
+        return np.ascontiguousarray(np.concatenate(rows))
 
 
 def solve(sums: Sums, prior: Prior) -> Posterior:

@@ -51,6 +51,36 @@ class Prediction:
     """[n, k]"""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How expected scores for one query may deviate from their means, and whose do so together."""
+
+    own: Array
+    """[k] standard deviation of what is each model's own."""
+    shared: Array
+    """[k, s]: what a standard normal [s], the same for all models, does to each. Most of it is how hard the query is,
+    which is no reason to choose any of them."""
+
+    @classmethod
+    def none(cls, models: int, shared: int = 0) -> Spread:
+        """Nothing is uncertain."""
+        return cls(np.zeros(models), np.zeros((models, shared)))
+
+    @property
+    def std(self) -> Array:
+        """[k], both together."""
+        return np.asarray(np.sqrt(self.own**2 + np.einsum("ks,ks->k", self.shared, self.shared)))
+
+    def shape(self, draws: int) -> tuple[int, int]:
+        """Of the standard normals that so many `deviations` take."""
+        return draws, self.shared.shape[0] + self.shared.shape[1]
+
+    def deviations(self, normal: NDArray[Any]) -> Array:
+        """[draws, k] for standard normals of `shape`, or of more columns."""
+        k, s = self.shared.shape
+        return np.asarray(self.own * normal[:, :k] + normal[:, k : k + s] @ self.shared.T)
+
+
 class QualityModel:
     """Quality of `models`. `update` changes it; everything else leaves it as it is."""
 
@@ -145,16 +175,17 @@ class QualityModel:
         found = self.posterior.mean @ self.topics.encode_one(x)
         return found if self._detail is None else found + (x - self._detail[0]) @ self._detail[1]
 
-    def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None, spread: float = 1.0) -> Array:
-        """Expected scores [s, n, k] under weights drawn from the posterior by `normal` [s, k + 1, p]; `spread` scales
-        their deviation from the mean."""
-        mean = self.posterior.mean
-        weights = mean + spread * (self.posterior.sample(normal) - mean)
-        return np.asarray(np.einsum("np,skp->snk", self.topics.encode(x), weights) + self._offset(x, prior))
+    def guess(self, x: NDArray[Any]) -> tuple[Array, Spread]:
+        """`expected_one` and `spread` of one query at once: x [d]."""
+        z = self.topics.encode_one(x)
+        mean = self.posterior.mean @ z
+        if self._detail is not None:
+            mean = mean + (x - self._detail[0]) @ self._detail[1]
+        return mean, Spread(*self.posterior.spread(z))
 
-    def shape(self, draws: int) -> tuple[int, int, int]:
-        """Of the standard normals that `sample` takes for so many draws."""
-        return draws, len(self.models) + 1, self.topics.size
+    def spread(self, x: NDArray[Any], prior: NDArray[Any] | None = None) -> Spread:
+        """How the expectations of `predict` may deviate for one query, x [d]; `prior` makes no difference."""
+        return Spread(*self.posterior.spread(self.topics.encode_one(x)))
 
     def update(self, x: NDArray[Any], model: int, score: float, prior: float = 0.0, weight: float = 1.0) -> None:
         """One outcome of the model with this index: x [d]."""

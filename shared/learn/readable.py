@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.learn import hierarchy
-from shared.learn.quality import Prediction, QualityModel
+from shared.learn.quality import Prediction, QualityModel, Spread
 from shared.learn.signs import HIGHEST
 from shared.learn.topics import Topics
 
@@ -62,16 +62,21 @@ class ReadableQuality:
         first, second = np.clip(readable.mean, 0.0, HIGHEST), np.clip(worth.mean, 0.0, 1.0)
         return Prediction(first * second, np.hypot(first * worth.std, second * readable.std))
 
-    def sample(self, x: NDArray[Any], normal: Array, prior: NDArray[Any] | None = None) -> Array:
-        """Expected scores [s, n, k] under weights drawn from both posteriors by `normal`, of `shape`."""
-        half = len(normal) // 2
-        readable = self.readable.sample(x, normal[:half], np.ones((len(x), len(self.models))))
-        worth = self.worth.sample(x, normal[half:], prior)
-        return np.asarray(np.clip(readable, 0.0, HIGHEST) * np.clip(worth, 0.0, 1.0))
+    def spread(self, x: NDArray[Any], prior: NDArray[Any] | None = None) -> Spread:
+        """How the expectations of `predict` may deviate for one query, x [d], to first order in each factor; `prior`
+        [k]."""
+        row, promised = x[None, :], None if prior is None else prior[None, :]
+        first = np.clip(self.readable.predict(row, np.ones((1, len(self.models)))).mean[0], 0.0, HIGHEST)
+        second = np.clip(self.worth.predict(row, promised).mean[0], 0.0, 1.0)
+        return product(first, self.readable.spread(x), second, self.worth.spread(x))
 
-    def shape(self, draws: int) -> tuple[int, int, int]:
-        """Of the standard normals that `sample` takes for so many draws."""
-        return 2 * draws, len(self.models) + 1, self.worth.topics.size
+
+def product(first: NDArray[Any], of_first: Spread, second: NDArray[Any], of_second: Spread) -> Spread:
+    """How the product of two independent estimates [k] may deviate, to first order."""
+    return Spread(
+        np.hypot(first * of_second.own, second * of_first.own),
+        np.hstack([first[:, None] * of_second.shared, second[:, None] * of_first.shared]),
+    )
 
 
 def beyond(score: float, prior: float, sign: float) -> tuple[float, float]:

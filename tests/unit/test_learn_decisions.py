@@ -162,6 +162,13 @@ def kinds(n: int, seed: int) -> tuple[Array, Array]:
     return x, np.array([[0.8, 0.2, 0.1], [0.2, 0.7, 0.1]])[kind]
 
 
+def chances(model: QualityModel | ReadableQuality, x: Array, rng: np.random.Generator, **budgets: float) -> Array:
+    """With which each model is chosen for one query."""
+    spread = model.spread(x)
+    normal = rng.standard_normal(spread.shape(bandit.DRAWS))
+    return bandit.distribution(model.predict(x[None, :]).mean[0], spread, normal, **budgets)
+
+
 def test_it_learns_from_chosen_outcomes_alone() -> None:
     """After 400 outcomes of its own choices it takes the best model of each kind, and rarely the useless one."""
     x, chance = kinds(400, 0)
@@ -169,9 +176,7 @@ def test_it_learns_from_chosen_outcomes_alone() -> None:
     model = QualityModel.start(("a", "b", "c"), x, 4)
     taken = []
     for row in range(400):
-        choice = bandit.choose(
-            bandit.distribution(model, x[row], rng.standard_normal(bandit.shape_of(model))), rng.random()
-        )
+        choice = bandit.choose(chances(model, x[row], rng), rng.random())
         model.update(x[row], choice.model, float(rng.random() < chance[row, choice.model]))
         taken.append(choice.model)
     wanted, truth = kinds(200, 2)
@@ -185,8 +190,7 @@ def test_exploration_keeps_to_its_budget(seed: int, budget: float, floor: float)
     """Probabilities add up to one, none is below the floor, and the rest of the best guess's is within the budget."""
     x, _ = kinds(20, seed)
     model = QualityModel.start(("a", "b", "c"), x, 2)
-    normal = np.random.default_rng(seed).standard_normal(bandit.shape_of(model))
-    found = bandit.distribution(model, x[0], normal, budget=budget, floor=floor)
+    found = chances(model, x[0], np.random.default_rng(seed), budget=budget, floor=floor)
     best = int(model.predict(x[:1]).mean[0].argmax())
     assert found.sum() == pytest.approx(1.0)
     assert found.min() >= floor - 1e-12
@@ -246,8 +250,25 @@ def test_what_cannot_be_read_is_learned_without_a_judgement() -> None:
     assert (mean[rambles, 1] < mean[rambles, 0]).all()
     assert abs(mean[~rambles, 1].mean() - mean[~rambles, 0].mean()) < 0.15
     assert model.predict(x[:1]).std.mean() < before.std.mean()
-    choice = bandit.distribution(model, wanted[rambles][0], rng.standard_normal(bandit.shape_of(model)))
-    assert choice[0] > 0.9
+    assert chances(model, wanted[rambles][0], rng)[0] > 0.9
+
+
+def test_two_factors_deviate_as_their_product_does() -> None:
+    """The spread that is explored by is, to first order, that of what is predicted; and what is uncertain of all models
+    alike moves them alike."""
+    x, _ = kinds(400, 0)
+    rng = np.random.default_rng(1)
+    model = ReadableQuality.start(("a", "b"), clusters(x, (2, 4)))
+    for row in range(400):
+        model.heard(x[row], row % 2, float(rng.random() < 0.8))
+        model.judged(x[row], row % 2, float(rng.random() < 0.5))
+    spread = model.spread(x[0])
+    np.testing.assert_allclose(spread.std, model.predict(x[:1]).std[0], rtol=1e-6)
+    drawn = spread.deviations(rng.standard_normal(spread.shape(40_000)))
+    np.testing.assert_allclose(np.cov(drawn.T), spread.shared @ spread.shared.T + np.diag(spread.own**2), atol=1e-4)
+    fresh = ReadableQuality.start(("a", "b"), clusters(x, (2, 4))).spread(x[0])
+    apart = fresh.deviations(rng.standard_normal(fresh.shape(10_000)))
+    assert (apart[:, 0] - apart[:, 1]).std() < 0.8 * np.hypot(*fresh.std)
 
 
 def logs(n: int, seed: int) -> tuple[offpolicy.Logged, Array, Array, Array]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shared.learn import hierarchy, linear
 from shared.learn.features import FORM, form, forms
 from shared.learn.length import LengthModel
-from shared.learn.quality import QualityModel
+from shared.learn.quality import QualityModel, Spread
 from shared.learn.topics import clusters, supervised
 
 MODELS = ("algebra", "prose", "weak")
@@ -31,7 +31,7 @@ def world(n: int, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float6
 def brute(
     z: NDArray[np.float64], y: NDArray[np.float64], prior: hierarchy.Prior
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Mean [k, p], covariance [k, p, p] and evidence by writing all weights into one vector."""
+    """Mean [k, p], covariances [k, k, p, p] and evidence by writing all weights into one vector."""
     k, p = y.shape[1], z.shape[1]
     shared, own = prior.variances(p)
     rows, targets = [], []
@@ -46,7 +46,7 @@ def brute(
     cov = np.linalg.inv(f.T @ f / prior.noise**2 + np.diag(1 / d))
     mean = cov @ f.T @ t / prior.noise**2
     pick = [np.hstack([np.eye(p), *[np.eye(p) * (j == m) for j in range(k)]]) for m in range(k)]
-    return np.stack([q @ mean for q in pick]), np.stack([q @ cov @ q.T for q in pick]), float(evidence)
+    return np.stack([q @ mean for q in pick]), np.array([[a @ cov @ b.T for b in pick] for a in pick]), float(evidence)
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,7 +64,7 @@ def test_the_posterior_is_exact(seed: int, k: int, p: int, n: int) -> None:
     np.testing.assert_allclose(found.mean, mean, atol=1e-8)
     query = rng.normal(size=(3, p))
     np.testing.assert_allclose(
-        found.predict(query)[1], np.sqrt(np.einsum("np,kpq,nq->nk", query, cov, query)), atol=1e-8
+        found.predict(query)[1], np.sqrt(np.einsum("np,kkpq,nq->nk", query, cov, query)), atol=1e-8
     )
     assert found.evidence == pytest.approx(evidence, rel=1e-8, abs=1e-8)
 
@@ -76,10 +76,13 @@ def test_samples_have_the_posterior_s_spread() -> None:
     sums = hierarchy.Sums.empty(3, z.shape[1])
     sums.add_all(z, y)
     found = hierarchy.solve(sums, hierarchy.Prior())
-    drawn = found.sample(np.random.default_rng(0).standard_normal((20_000, 4, z.shape[1])))
-    values = np.einsum("skp,p->sk", drawn, z[0])
-    np.testing.assert_allclose(values.mean(0), found.predict(z[:1])[0][0], atol=0.01)
+    own, shared = found.spread(z[0])
+    np.testing.assert_allclose(own**2 + (shared**2).sum(1), found.predict(z[:1])[1][0] ** 2)
+    values = Spread(own, shared).deviations(np.random.default_rng(0).standard_normal((20_000, 3 + z.shape[1])))
+    np.testing.assert_allclose(values.mean(0), 0.0, atol=0.01)
     np.testing.assert_allclose(values.std(0), found.predict(z[:1])[1][0], rtol=0.05)
+    together = np.einsum("p,klpq,q->kl", z[0], brute(z, y, hierarchy.Prior())[1], z[0])
+    np.testing.assert_allclose(np.diag(own**2) + shared @ shared.T, together, atol=1e-8)
 
 
 def test_one_by_one_is_the_same_as_all_at_once() -> None:

@@ -15,6 +15,7 @@ from services.planner.decide import objectives, routing
 from services.planner.decide.learned import Learned
 from shared import messages as m
 from shared.errors import InvalidObjective
+from shared.learn import bandit
 from shared.learn.kept import pieces
 from shared.learn.live import RENEW, START, Learner, first_quality
 from tests import samples
@@ -87,7 +88,7 @@ def test_a_card_taken_back_at_a_lower_level_is_scaled() -> None:
 
 def test_exploration_stays_within_its_budget_and_its_propensities_add_up() -> None:
     learner = taught(alpha=[1.0, 0.0], beta=[1.0])
-    normal = np.random.default_rng(1).standard_normal((64, 2))
+    normal = np.random.default_rng(1).standard_normal(learning.normals(Learned(learner), len(CARDS)))
     first = [route(Learned(learner), routing.Chance(normal, u), explore=0.2) for u in np.linspace(0.001, 0.999, 50)]
     by_card = {found.order[0]: found.propensity for found in first}
     assert sum(by_card.values()) == pytest.approx(1.0)
@@ -98,6 +99,23 @@ def test_exploration_stays_within_its_budget_and_its_propensities_add_up() -> No
     assert all(found.reason == "explored" and found.margin <= 0.0 for found in explored)
     still = route(Learned(learner), routing.Chance(normal, 0.999), explore=0.0)
     assert (still.order[0], still.propensity) == (best, 1.0)
+
+
+def test_a_query_is_explored_as_the_bench_explores() -> None:
+    """The planner's propensities are those of `bandit.distribution` over the same knowledge and the same draws."""
+    learner = taught(alpha=[1.0, 0.0], beta=[1.0])
+    normal = np.random.default_rng(1).standard_normal(learning.normals(Learned(learner), len(CARDS)))
+    found = {
+        one.order[0]: one.propensity
+        for one in (
+            route(Learned(learner), routing.Chance(normal, u), explore=1.0) for u in np.linspace(0.01, 0.99, 40)
+        )
+    }
+    assert learner.quality is not None
+    promised = np.array([CARDS[card].quality for card in learner.cards])
+    mean = learner.quality.predict(X[None], promised[None]).mean[0]
+    wanted = bandit.distribution(mean, learner.quality.spread(X), normal, duel=bandit.DUEL)
+    assert found == pytest.approx(dict(zip(learner.cards, wanted, strict=True)))
 
 
 def test_what_was_learned_survives_storing_and_a_changed_fleet() -> None:
@@ -119,7 +137,7 @@ def test_shares_are_a_distribution_that_favours_the_best(
     utility: list[float], spread: float, budget: float, seed: int
 ) -> None:
     normal = np.random.default_rng(seed).standard_normal((16, len(utility)))
-    share = learning.shares(np.array(utility), np.full(len(utility), spread), normal, budget)
+    share = learning.shares(np.array(utility), spread * normal, budget)
     assert share.sum() == pytest.approx(1.0)
     assert (share >= 0.0).all()
     assert share[int(np.argmax(utility))] >= 1.0 - budget - 1e-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from numpy.typing import NDArray
 
 from shared import messages as m
 from shared.learn import features
+from shared.learn.bandit import DRAWS, DUEL, allocation
 from shared.learn.confidence import Line
 from shared.learn.live import Learner
 from shared.learn.live_length import Lengths
+from shared.learn.quality import QualityModel, Spread
+from shared.learn.readable import product
 from shared.learn.signs import HIGHEST
 
 Array = NDArray[Any]
@@ -56,7 +60,7 @@ def tokens_out(learned: Learned, profile: m.Profile, cards: Sequence[m.Card], ot
 
 def predict(
     learned: Learned, profile: m.Profile, cards: Sequence[m.Card], prior: Array, terms: Terms, *, expects: bool = False
-) -> tuple[Array, Array, Terms]:
+) -> tuple[Array, Spread, Terms]:
     """Quality of each card for a query, 0 to 1. Where something is expected of the answer, by the query or by the card,
     it is what a readable answer is worth times what is to be seen of answers: how often they can be read, and whether
     they are longer than usual (`shared.learn.readable`).
@@ -70,69 +74,78 @@ def predict(
         expects: whether the query says what its answer must look like.
 
     Returns:
-        [k] quality, [k] standard deviation of that expectation (0 where nothing is learned), and terms: those given,
+        [k] quality, how that expectation may deviate (not at all where nothing is learned), and terms: those given,
         with `prior`, and `learned` (the mean added to it), `std`, `scale`, `readable` (the sign of an answer that is
         expected: `shared.learn.signs`) where they apply.
     """
     k = len(cards)
-    mean, std = np.zeros(k), np.zeros(k)
-    readable: dict[int, tuple[float, float]] = {}
     x = features.joined(np.frombuffer(profile.embedding, "<f4"), profile.form)
     learner = learned.learner
+    mean, worth, chance, sign, read = np.zeros(k), Spread.none(k), np.ones(k), Spread.none(k), np.zeros(k, bool)
     if learner is not None and learner.quality is not None and len(x) == len(learner.quality.topics.centre):
-        row = {name: i for i, name in enumerate(learner.cards)}
-        known = [i for i, card in enumerate(cards) if card.name in row]
-        columns = [row[cards[i].name] for i in known]
-        found = learner.quality.predict(x[None, :])
-        mean[known], std[known] = found.mean[0, columns], found.std[0, columns]
-        if expects or any(card.expect is not None for card in cards):
-            readable = _readable(learner, x, [(i, row[cards[i].name]) for i in known if expects or cards[i].expect])
-    scale = np.array([learned.scale(card.name) for card in cards])
+        names = tuple([card.name for card in cards])
+        known = _columns(names, learner.cards)
+        mean, worth = _taken(learner.quality, x, known)
+        if learner.readable is not None and learner.readings:
+            read = known >= 0
+            if not expects:
+                read &= np.array([card.expect is not None for card in cards])
+            if read.any():
+                usual, sign = _taken(learner.readable, x, np.where(read, known, -1))
+                chance = np.clip(1.0 + usual, 0.0, HIGHEST)
+    scale = np.array([learned.scale(card.name) for card in cards]) if learned.standings else np.ones(k)
     quality = np.clip((prior + mean) * scale, 0.0, 1.0)
-    for i, (chance, spread) in readable.items():
-        # `std` is that of quality before `scale`, which multiplies it wherever it is used
-        std[i] = np.hypot(chance * std[i], quality[i] / max(scale[i], 1e-6) * spread)
-        quality[i] = min(quality[i] * chance, 1.0)
-        terms[i]["readable"] = chance
-    for i, term in enumerate(terms):
-        term["prior"] = float(prior[i])
+    spread = product(chance, sign, quality, Spread(scale * worth.own, scale[:, None] * worth.shared))
+    quality = np.minimum(quality * chance, 1.0)
+    std = spread.std / np.maximum(scale, 1e-6)
+    columns = (a.tolist() for a in (prior, mean, std, scale, chance, read))
+    for term, promised, added, deviation, factor, sign_of, is_read in zip(terms, *columns, strict=True):
+        if is_read:
+            term["readable"] = sign_of
+        term["prior"] = promised
         if learner is not None:
-            term["learned"], term["std"] = float(mean[i]), float(std[i])
-        if scale[i] != 1.0:
-            term["scale"] = float(scale[i])
-    return quality, std, terms
+            term["learned"], term["std"] = added, deviation
+        if factor != 1.0:
+            term["scale"] = factor
+    return quality, spread, terms
 
 
-def _readable(learner: Learner, x: Array, wanted: Sequence[tuple[int, int]]) -> dict[int, tuple[float, float]]:
-    """Expected sign of an answer, and its standard deviation, by index of the card; `wanted` has each
-    card's index and its column in what is learned."""
-    if learner.readable is None or not learner.readings or not wanted:
-        return {}
-    found = learner.readable.predict(x[None, :], np.ones((1, len(learner.cards))))
-    return {i: (float(np.clip(found.mean[0, j], 0.0, HIGHEST)), float(found.std[0, j])) for i, j in wanted}
+def _taken(model: QualityModel, x: Array, columns: Array) -> tuple[Array, Spread]:
+    """Expectations for one query, and how they may deviate, at these columns; 0 and not at all where that is -1."""
+    found, spread = model.guess(x)
+    mean, own, shared, there = found[columns], spread.own[columns], spread.shared[columns], columns >= 0
+    if not there.all():
+        mean[~there], own[~there], shared[~there] = 0.0, 0.0, 0.0
+    return mean, Spread(own, shared)
 
 
-def shares(utility: Array, spread: Array, normal: Array, budget: float) -> Array:
-    """Probabilities [k] with which each candidate is to be chosen: Thompson sampling within a budget.
+@lru_cache(maxsize=8)
+def _columns(names: tuple[str, ...], known: tuple[str, ...]) -> Array:
+    """Where each of these names is among those known; -1 where it is not. Not to be written to."""
+    column = {name: i for i, name in enumerate(known)}
+    return np.array([column.get(name, -1) for name in names])
 
-    The share of draws in which a candidate is the best when each utility deviates by `spread` (Thompson, Biometrika
-    25, 1933). The best guess keeps at least 1 - `budget`.
+
+def normals(learned: Learned | None, cards: int) -> tuple[int, int]:
+    """Shape of the standard normals that exploring among so many cards takes."""
+    learner = learned.learner if learned is not None else None
+    both = () if learner is None else (learner.quality, learner.readable)
+    return DRAWS, cards + sum(model.topics.size for model in both if model is not None)
+
+
+def shares(utility: Array, deviations: Array, budget: float) -> Array:
+    """Probabilities [k] with which each candidate is to be chosen: top-two Thompson sampling within a budget, by the
+    function by which the benches explore (`shared.learn.bandit.allocation`).
 
     Args:
         utility: [k] of those that stand.
-        spread: [k] standard deviation of the part of utility that quality is.
-        normal: [s, k] standard normal draws.
+        deviations: [s, k] draws of how far each may be from that, for the quality in it.
         budget: largest probability of not choosing the best guess.
     """
     best = int(np.argmax(utility))
-    if budget <= 0.0 or len(normal) == 0 or not spread.any():
+    if budget <= 0.0 or not deviations.any():
         return np.asarray(np.eye(len(utility))[best])
-    share = np.bincount((utility + spread * normal).argmax(axis=1), minlength=len(utility)) / len(normal)
-    off = 1.0 - share[best]
-    if off > budget:
-        share = share * (budget / off)
-        share[best] = 1.0 - budget
-    return np.asarray(share)
+    return allocation(utility + deviations, best, budget=budget, duel=DUEL)
 
 
 def draw(share: Array, uniform: float) -> int:

@@ -29,6 +29,7 @@ from services.planner.decide.scoring import Limits, Scores
 from services.planner.decide.standing import Predictor, Standing, Standings
 from shared import messages as m
 from shared.errors import CalmError, ContextExceeded, NoFeasibleModel
+from shared.learn.quality import Spread
 from shared.utility import latency_penalty
 
 
@@ -57,7 +58,7 @@ class State:
 
 @dataclass(frozen=True)
 class Chance:
-    """Randomness for exploration: standard normal draws [s, k or more] and a uniform number from 0 to 1."""
+    """Randomness for exploration: standard normal draws (`learned.normals`) and a uniform number from 0 to 1."""
 
     normal: scoring.Array
     uniform: float
@@ -70,13 +71,14 @@ def decide(analyzed: m.Analyzed, state: State, now: float, chance: Chance | None
     """
     query = analyzed.accepted.query
     weights = weights_of(query.preference, state.policy)
-    candidates = _candidates(analyzed, state, weights, now)
+    candidates, spread = _candidates(analyzed, state, weights, now)
     standing = sorted((c for c in candidates if c.excluded is None), key=lambda c: (-c.utility, c.latency_s, c.card))
     reason = _reason(query, standing, candidates)
     propensity, tried = 1.0, None
     if chance is not None and reason == "best_utility":
-        front = standing[0]
-        standing, propensity, tried = _explored(standing, weights, query, chance, state)
+        front, rows = standing[0], {c.card: row for row, c in enumerate(candidates)}
+        order = [rows[c.card] for c in standing]
+        standing, propensity, tried = _explored(standing, order, spread, weights, query, chance, state)
         if standing[0] is not front and standing[0].card != front.card:
             reason = "trial" if tried is not None and tried.candidate == standing[0].card else "explored"
     steps: list[m.CascadeStep] = []
@@ -148,7 +150,10 @@ class _Weights:
     energy_ref_j: float
 
 
-def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float) -> list[m.Candidate]:
+def _candidates(
+    analyzed: m.Analyzed, state: State, weights: Mapping[str, float], now: float
+) -> tuple[list[m.Candidate], Spread | None]:
+    """Every card with its terms, and how far its quality may be from what is expected, where that is learned."""
     query, profile, policy = analyzed.accepted.query, analyzed.profile, state.policy
     standing = state.standings.of(state.cards, state.workers, state.qos)
     cards = standing.cards
@@ -159,10 +164,11 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
         expected = learning.tokens_out(state.learned, profile, cards, expected)
     room = np.maximum(standing.context - tokens_in, 0.0)
     tokens_out = np.minimum(np.minimum(expected, query.max_tokens or standing.most_tokens), room)
+    spread = None
     if state.learned is not None:  # 4
         promised, terms = standing.promise.predict(profile)
         expects = query.expect is not None
-        q, _, terms = learning.predict(state.learned, profile, cards, promised, terms, expects=expects)
+        q, spread, terms = learning.predict(state.learned, profile, cards, promised, terms, expects=expects)
     elif state.predictor is not None:
         q, terms = state.predictor(analyzed, cards)
     else:
@@ -187,9 +193,10 @@ def _candidates(analyzed: m.Analyzed, state: State, weights: Mapping[str, float]
     if state.learned is not None and query.model is None:
         outside = _quarantine(outside, standing, state.learned)
     left_s = analyzed.accepted.deadline_at - now
-    return _explain(
+    found = _explain(
         query, standing, outside, q.tolist(), terms, scores, tokens_in.tolist(), tokens_out.tolist(), left_s
     )
+    return found, spread
 
 
 def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> list[str | None]:
@@ -208,6 +215,8 @@ def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> li
 
 def _quarantine(outside: list[str | None], standing: Standing, learned: Learned) -> list[str | None]:
     """1: a quarantined card is out, unless nothing else is in. Who asks for it by name gets it."""
+    if not learned.standings:
+        return outside
     strict = [
         reason or ("quarantined" if learned.quarantined(card.name) else None)
         for reason, card in zip(outside, standing.cards, strict=True)
@@ -240,31 +249,33 @@ def _cascade(
 
 
 def _explored(
-    standing: list[m.Candidate], weights: Mapping[str, float], query: m.Query, chance: Chance, state: State
-) -> tuple[list[m.Candidate], float, m.Tried | None]:
+    standing: list[m.Candidate], order: list[int], spread: Spread | None, weights: Mapping[str, float], query: m.Query,
+    chance: Chance, state: State,
+) -> tuple[list[m.Candidate], float, m.Tried | None]:  # fmt: skip
     """The candidates with the one that is drawn in front, the probability that it had, and what weights on trial made
-    of it."""
+    of it; `order` are their places in `spread`."""
+    std = None if spread is None else spread.std[order]
+    uncertain = std is not None and bool(std.any())
+    if not uncertain and state.trial is None:
+        return standing, 1.0, None
+    # How far quality may be from what is expected, [draws, k]; nothing is drawn where nothing is uncertain.
+    apart = (
+        spread.deviations(chance.normal)[:, order] if uncertain and spread is not None else np.zeros((1, len(order)))
+    )
     utility = np.array([c.utility for c in standing])
-    deviation = np.array([c.terms.get("std", 0.0) * c.terms.get("scale", 1.0) for c in standing])
-    share, tried = _shares(utility, weights, deviation, chance, state.policy), None
+    share, tried = learning.shares(utility, weights["w_q"] * apart, state.policy.explore), None
     if state.trial is not None:
         wanted = weights_of(query.preference, trials.policy_of(state.policy, state.trial))
         other = trials.utilities(standing, weights, wanted)
         tried = m.Tried(version=state.trial.version, present=standing[0].card, candidate=standing[other.argmax()].card)
-        share = trials.mixture(share, _shares(other, wanted, deviation, chance, state.policy), state.trial.share)
+        by_trial = learning.shares(other, wanted["w_q"] * apart, state.policy.explore)
+        share = trials.mixture(share, by_trial, state.trial.share)
     chosen = learning.draw(share, chance.uniform)
     front = standing[chosen]
-    if deviation.any():
-        bonus = {"explore_spread": float(weights["w_q"] * deviation[chosen]), "explored": float(chosen != 0)}
+    if uncertain and std is not None:
+        bonus = {"explore_spread": float(weights["w_q"] * std[chosen]), "explored": float(chosen != 0)}
         front = msgspec.structs.replace(front, terms={**front.terms, **bonus})
     return [front, *standing[:chosen], *standing[chosen + 1 :]], float(share[chosen]), tried
-
-
-def _shares(
-    utility: scoring.Array, weights: Mapping[str, float], deviation: scoring.Array, chance: Chance, policy: m.Policy
-) -> scoring.Array:
-    """[k] probabilities by one policy, exploration included."""
-    return learning.shares(utility, weights["w_q"] * deviation, chance.normal[:, : len(utility)], policy.explore)
 
 
 def _explain(
