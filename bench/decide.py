@@ -7,7 +7,6 @@ forecast. The fleet changes between any two decisions: queues grow and shrink, e
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from services.planner.decide.standing import Standings
 from shared import messages as m
 from shared.learn import features
 from shared.learn.live import START, Learner, first_quality
+from shared.runtime import settle_memory
 
 GB = 10**9
 HIDDEN = 384
@@ -144,8 +144,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
-    gc.collect()
-    gc.freeze()  # what is made once is not what a decision costs
+    settle_memory()  # as the planner does: what is made once is not what a decision costs
     wall, cpu = routes(arguments.cards, arguments.workers, arguments.count, rng)
     name = f"route, {arguments.cards} cards x {arguments.workers} workers"
     found: dict[str, Any] = {
