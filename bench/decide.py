@@ -72,14 +72,15 @@ def taught(cards: Sequence[str], rng: np.random.Generator) -> Learned:
     return Learned(learner, version=1)
 
 
-def routes(cards: int, workers: int, count: int, rng: np.random.Generator) -> tuple[list[float], list[float]]:
-    """Seconds of each route decision: of wall time, and of this thread's CPU time."""
+def routes(cards: int, workers: int, count: int, rng: np.random.Generator) -> dict[str, list[float]]:
+    """Seconds of each route decision: until the query goes on, in wall time and in this thread's CPU time; the
+    candidates' terms, which are made once it has; and both."""
     made, states = fleet(cards, workers, rng)
     policy = m.Policy(fleet="bench")
     qos = m.Qos()
     standings, learned = Standings(), taught(list(made), rng)
     share = rng.dirichlet([0.3] * len(DOMAINS), count)
-    spent, worked = [], []
+    spent, worked, explained = [], [], []
     for i in range(count):
         w = int(rng.integers(workers))
         engines = [msgspec.structs.replace(e, active=int(rng.integers(0, 16))) for e in states[w].engines]
@@ -101,12 +102,20 @@ def routes(cards: int, workers: int, count: int, rng: np.random.Generator) -> tu
         )  # fmt: skip
         used, began = time.thread_time(), time.perf_counter()
         chance = routing.Chance(rng.standard_normal(learning.normals(learned, cards)), rng.random())
-        route = routing.decide(analyzed, state, 0.0, chance)
-        spent.append(time.perf_counter() - began)
+        choice = routing.choose(analyzed, state, 0.0, chance)
+        chosen = time.perf_counter()
         worked.append(time.thread_time() - used)
+        spent.append(chosen - began)
+        route = choice.explained()
+        explained.append(time.perf_counter() - chosen)
         assert len(route.candidates) == cards
         assert learned.learner is None or "readable" in route.candidates[0].terms
-    return spent[5:], worked[5:]
+    both = [a + b for a, b in zip(spent, explained, strict=True)]
+    name = f"route, {cards} cards x {workers} workers"
+    return {
+        name: spent[5:], f"{name}, CPU time": worked[5:], "its candidates explained, afterwards": explained[5:],
+        "both": both[5:],
+    }  # fmt: skip
 
 
 def passes(cards: int, workers: int, count: int, rng: np.random.Generator) -> list[float]:
@@ -145,11 +154,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     settle_memory()  # as the planner does: what is made once is not what a decision costs
-    wall, cpu = routes(arguments.cards, arguments.workers, arguments.count, rng)
-    name = f"route, {arguments.cards} cards x {arguments.workers} workers"
     found: dict[str, Any] = {
-        name: wall,
-        f"{name}, CPU time": cpu,
+        **routes(arguments.cards, arguments.workers, arguments.count, rng),
         f"residency, {arguments.cards} cards x {arguments.residency_workers} workers": passes(
             arguments.cards, arguments.residency_workers, 10, rng
         ),

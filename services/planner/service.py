@@ -11,8 +11,8 @@ import structlog
 from nats.aio.msg import Msg
 
 from services.planner.control import Control
+from services.planner.decide import explaining, routing
 from services.planner.decide import learned as learning
-from services.planner.decide import routing
 from services.planner.knowledge import Knowledge
 from services.planner.placement import Placement
 from shared import codec, subjects
@@ -131,9 +131,9 @@ class Planner:
         began = time.perf_counter()
         shape = learning.normals(state.learned, len(state.cards))
         chance = routing.Chance(self._random.standard_normal(shape), self._random.random())
-        route = routing.decide(analyzed, state, now, chance)
+        choice = routing.choose(analyzed, state, now, chance)
         route = msgspec.structs.replace(
-            route,
+            choice.route,
             decided_in_s=time.perf_counter() - began,
             objectives_version=self._control.version,
             embedding=compact(analyzed.profile.embedding),
@@ -142,11 +142,12 @@ class Planner:
         decision = f"{accepted.query_id}-route"
         if route.order:
             stamped = msgspec.structs.replace(accepted, stamps=m.stamp(accepted.stamps, planned=self._context.clock()))
-            chosen = next(c for c in route.candidates if c.card == route.order[0])
+            chosen = choice.candidates.of(choice.order[0])
             planned = m.Planned(
                 accepted=stamped, route=_to_carry_out(route), tokens_out=chosen.terms.get("tokens_out", 128.0)
             )
             await self._bus.publish(subjects.PLANNED, planned, msg_id=f"{accepted.query_id}-planned")
+            route = msgspec.structs.replace(route, candidates=choice.candidates.all())  # nobody waits for those
             wanted = not self._knowledge.holds(route)
             if wanted:  # a load may be due at once
                 self._count(route)
@@ -155,7 +156,8 @@ class Planner:
                 self._count(route)
             self._log.info("routed", card=route.order[0], reason=route.reason, margin=round(route.margin, 4))
         else:
-            failure = codec.failure_of(routing.refusal(route, analyzed, state), accepted.query_id)
+            route = msgspec.structs.replace(route, candidates=choice.candidates.all())
+            failure = codec.failure_of(explaining.refusal(route, analyzed, state.cards), accepted.query_id)
             await self._bus.publish(subjects.DECISION_ROUTE, route, msg_id=decision)
             await self._refuse(accepted, failure, redelivered=redelivered)
             self._log.info("refused", code=failure.code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.planner.decide import cost, routing
+from services.planner.decide import cost, explaining, routing
 from services.planner.decide.routing import State
 from shared import messages as m
 from shared.utility import utility
@@ -93,7 +93,7 @@ def test_a_refusal_names_the_nearest_offer() -> None:
     query = analyzed(m.Query(prompt="x", constraints=m.Constraints(max_energy_j=1e-6)))
     route = routing.decide(query, state, 0.0)
     assert route.order == []
-    error = routing.refusal(route, query, state)
+    error = explaining.refusal(route, query, state.cards)
     assert error.code == "no_feasible_model"
     assert "constraints.max_energy_j" in error.remedy
 
@@ -103,7 +103,7 @@ def test_a_prompt_longer_than_every_context_is_told_so() -> None:
     state = _state(card("one"))
     query = analyzed(tokens_in={"a": 5000})
     route = routing.decide(query, state, 0.0)
-    error = routing.refusal(route, query, state)
+    error = explaining.refusal(route, query, state.cards)
     assert (error.code, route.reason) == ("context_exceeded", "context_exceeded")
     assert "5000" in error.message
     assert "1000" in error.message
