@@ -11,6 +11,7 @@ import numpy as np
 
 from services.planner.decide.scoring import Array, Scores
 from services.planner.decide.standing import Standing
+from services.planner.decide.terms import Terms
 from shared import messages as m
 
 COLUMNS = (
@@ -28,15 +29,15 @@ class Candidates:
         standing: Standing,
         outside: Sequence[str | None],
         quality: Array,
-        terms: Sequence[dict[str, float]],
+        terms: Terms,
         scores: Scores | None,
         tokens_in: Array,
         tokens_out: Array,
         limits: m.Constraints,
         left_s: float,
     ) -> None:
-        """`outside`: why a card was out before scoring, None where it was not. `scores`: None without any worker.
-        `left_s`: until the deadline."""
+        """`outside`: why a card was out before scoring, None where it was not. `terms`: those of quality.
+        `scores`: None without any worker. `left_s`: until the deadline."""
         self._standing = standing
         self._outside = outside
         self._quality: list[float] = quality.tolist()
@@ -44,6 +45,7 @@ class Candidates:
         self._tokens_in: list[float] = tokens_in.tolist()
         self._tokens_out: list[float] = tokens_out.tolist()
         self._made: dict[int, m.Candidate] = {}
+        self._noted: dict[int, dict[str, float]] = {}
         self._rows: list[tuple[float, ...]] | None = None
         self.excluded: list[str | None] = [reason or "no_worker" for reason in outside]
         """[k] why a card does not stand; None for those that do."""
@@ -66,7 +68,7 @@ class Candidates:
 
     def note(self, k: int, **terms: float) -> None:
         """Add terms to a card's own."""
-        self._terms[k].update(terms)
+        self._noted[k] = terms
         self._made.pop(k, None)
 
     def of(self, k: int) -> m.Candidate:
@@ -105,10 +107,11 @@ class Candidates:
             card=name, artifact=artifact, worker=self._standing.workers[int(worker)], excluded=excluded,
             quality=self._quality[k], latency_s=latency, energy_j=energy, utility=u,
             terms={
-                **self._terms[k], "tokens_in": self._tokens_in[k], "tokens_out": self._tokens_out[k], "queue_s": queue,
+                **self._terms.of(k), "tokens_in": self._tokens_in[k], "tokens_out": self._tokens_out[k],
+                "queue_s": queue,
                 "load_s": load, "prefill_s": prefill, "decode_s": decode, "active_j": active_j, "load_j": load_j,
                 "u_quality": u_quality, "u_latency": u_latency, "u_energy": u_energy,
-                "u_crowding": u_crowding, "u_burden": u_burden,
+                "u_crowding": u_crowding, "u_burden": u_burden, **self._noted.get(k, {}),
             },
         )  # fmt: skip
 

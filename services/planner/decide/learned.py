@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from services.planner.decide.terms import Terms
 from shared import messages as m
 from shared.learn import features
 from shared.learn.bandit import DRAWS, DUEL, allocation
@@ -21,7 +22,6 @@ from shared.learn.readable import product
 from shared.learn.signs import HIGHEST
 
 Array = NDArray[Any]
-Terms = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def predict(
         profile: of the query.
         cards: k cards.
         prior: [k] what they promise for it.
-        terms: of the prior, one for each card.
+        terms: of the prior; more are added.
         expects: whether the query says what its answer must look like.
 
     Returns:
@@ -98,15 +98,13 @@ def predict(
     spread = product(chance, sign, quality, Spread(scale * worth.own, scale[:, None] * worth.shared))
     quality = np.minimum(quality * chance, 1.0)
     std = spread.std / np.maximum(scale, 1e-6)
-    columns = (a.tolist() for a in (prior, mean, std, scale, chance, read))
-    for term, promised, added, deviation, factor, sign_of, is_read in zip(terms, *columns, strict=True):
-        if is_read:
-            term["readable"] = sign_of
-        term["prior"] = promised
-        if learner is not None:
-            term["learned"], term["std"] = added, deviation
-        if factor != 1.0:
-            term["scale"] = factor
+    terms.add("readable", chance, read)
+    terms.add("prior", prior)
+    if learner is not None:
+        terms.add("learned", mean)
+        terms.add("std", std)
+    if learned.standings:
+        terms.add("scale", scale, scale != 1.0)
     return quality, spread, terms
 
 

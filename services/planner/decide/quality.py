@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from services.planner.decide.terms import Terms
 from shared import messages as m
 
 FIT_SCALE = 0.12
@@ -58,7 +59,7 @@ class Prior:
         self._mean = np.array([feedback[n].feedback_mean if n in feedback else 0.0 for n in self._names])
         self._heard = np.flatnonzero(self._count > 0).tolist()
 
-    def predict(self, profile: m.Profile) -> tuple[NDArray[Any], list[dict[str, float]]]:
+    def predict(self, profile: m.Profile) -> tuple[NDArray[Any], Terms]:
         """Quality [k], and each card's terms, as `predict` gives them for one card."""
         share = np.zeros(len(self._domain))
         for name, p in profile.domains.items():
@@ -73,10 +74,7 @@ class Prior:
         if self._heard:  # where none is, the formula leaves quality as it is
             weight = FEEDBACK_PRIOR + self._count
             quality = np.where(self._count > 0, (quality * FEEDBACK_PRIOR + self._mean * self._count) / weight, quality)
-        terms = [
-            {"domain_score": d, "affinity": a, "fit": f}
-            for d, a, f in zip(prior.tolist(), similarity.tolist(), fit.tolist(), strict=True)
-        ]
-        for row in self._heard:
-            terms[row]["feedback"] = float(self._mean[row])
+        terms = Terms(domain_score=prior, affinity=similarity, fit=fit)
+        if self._heard:
+            terms.add("feedback", self._mean, self._count > 0)
         return quality, terms

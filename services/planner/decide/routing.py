@@ -28,7 +28,7 @@ from services.planner.decide.candidates import Candidates
 from services.planner.decide.explaining import flip, handed_on, why
 from services.planner.decide.learned import Learned
 from services.planner.decide.scoring import Limits
-from services.planner.decide.standing import Predictor, Standing, Standings
+from services.planner.decide.standing import Standing, Standings
 from shared import messages as m
 from shared.learn.quality import Spread
 
@@ -46,8 +46,6 @@ class State:
     planner: str = ""
     charges: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """What loading an artifact costs others: (burden, delay_s, sharing), told by the residency planner."""
-    predictor: Predictor | None = None
-    """Learned quality; the cards' own scores without it."""
     learned: Learned | None = None
     """What judgements say, and which cards are trusted; None leaves both out."""
     trial: m.Trial | None = None
@@ -172,8 +170,6 @@ def _candidates(
         promised, terms = standing.promise.predict(profile)
         expects = query.expect is not None
         q, spread, terms = learning.predict(state.learned, profile, cards, promised, terms, expects=expects)
-    elif state.predictor is not None:
-        q, terms = state.predictor(analyzed, cards)
     else:
         q, terms = standing.prior.predict(profile)
     if not state.workers or all(w.draining for w in state.workers):

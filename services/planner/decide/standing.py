@@ -7,7 +7,7 @@ operations however large the fleet is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,7 +153,3 @@ class Standings:
 
 def _by_name(card: m.Card) -> str:
     return card.name
-
-
-Predictor = Callable[[m.Analyzed, Sequence[m.Card]], tuple[Array, list[dict[str, float]]]]
-"""Learned quality in place of the prior: (query, cards) -> ([k] quality, terms of each card)."""
