@@ -57,7 +57,7 @@ def frontier(plt: Any, result: dict[str, Any]) -> Any:
 def online(plt: Any, result: dict[str, Any]) -> Any:
     """Accuracy of the best guess, and regret, as queries come in, with bands of two standard errors."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    colors = {"calm": OURS, "calm, cards": "tab:orange", "calm, judged only": "tab:pink", "LinUCB": "tab:blue"}
+    colors = {"calm": OURS, "calm, cards": "tab:orange", "calm, judged only": "tab:pink", "linucb": "tab:blue"}
     for axis, what, label in ((axes[0], "accuracy", "accuracy of the best guess"), (axes[1], "regret", "regret")):
         for name, p in result["policies"].items():
             color = colors.get(name)
