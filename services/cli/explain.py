@@ -110,8 +110,9 @@ def _realised(route: m.Route, answer: m.Answer, feedback: list[m.Feedback]) -> l
 def _passed(one: m.Unread) -> str:
     if one.readable is False:
         return f"nothing readable ({one.why.replace('_', ' ')})"
-    sure = "" if one.chance is None else f" with a chance of {one.chance:.2f}"
-    return f"right{sure}, read: {one.value}" if one.value is not None else f"right{sure}"
+    known = [f"right with a chance of {one.chance:.2f}"] if one.chance is not None else []
+    known += [f"read: {one.value}"] if one.value is not None else []
+    return ", ".join(known) or "less likely right"
 
 
 def _cascade(route: m.Route) -> list[str]:
@@ -152,7 +153,7 @@ def _end(done: m.Done) -> list[str]:
             read = "not readable" if a.reading.value is None else f"read: {a.reading.value[:200]}"
             lines.append(f"  {read} ({a.reading.why.replace('_', ' ')})")
     lines += [
-        f"  not given: {one.card} on {one.worker}, {_passed(one)}, in"
+        f"  not given: {one.card} on {one.worker}: {_passed(one)}, in"
         f" {one.seconds:.2f} s, {one.tokens_out} tokens, {one.energy_j:.1f} J: ...{one.text[-80:]!r}"
         for one in done.unread
     ]

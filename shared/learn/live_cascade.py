@@ -91,10 +91,10 @@ def plan(
     """
     spent = np.zeros(len(offers.quality)) if joules is None else joules
     firsts = range(len(offers.quality)) if first is None else [first]
-    return max(
-        (_worth(offers, *_chain(offers, w_q, delay, one, left_s, spent, most_j), w_q, delay) for one in firsts),
-        key=lambda found: found.worth,
-    )
+    chains = [_chain(offers, w_q, delay, one, left_s, spent, most_j) for one in firsts]
+    # Each step of a chain is worth its cost by itself; all of it may be worth less than its first answer.
+    chains += [(chain[:1], [0.0]) for chain, _ in chains if len(chain) > 1]
+    return max((_worth(offers, *chain, w_q, delay) for chain in chains), key=lambda found: found.worth)
 
 
 def _chain(
