@@ -96,7 +96,10 @@ def report(
         figure(name, cards, propensity, predicted[:, :, i], came[:, i])
         for i, name in enumerate(("quality", "latency_s", "energy_j"))
     )
-    promote, reason = _verdict(differ, figures, most_lost)
+    if len(cards):
+        promote, reason = _verdict(differ, figures, most_lost)
+    else:
+        promote, reason = False, "nothing has been decided under it yet"
     return Report(len(cards), differ, figures, promote, reason)
 
 

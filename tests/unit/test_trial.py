@@ -175,7 +175,9 @@ def test_nothing_is_certain_before_its_own_choices_were_taken() -> None:
     unjudged = core.report(cards, propensity, predicted, came)
     assert (unjudged.promote, unjudged.figures[0].known, unjudged.figures[1].known) == (False, 0, 5000)
     assert "every time" in core.report(*_log(rng, 500, 0.3, differ=0.0)).reason
-    assert core.report(*(part[:0] for part in _log(rng, 10, 0.3))).decisions == 0
+    none = core.report(*(part[:0] for part in _log(rng, 10, 0.3)))
+    assert (none.decisions, none.promote) == (0, False)
+    assert "nothing has been decided" in none.reason
 
 
 def test_rows_are_read_and_shown() -> None:
