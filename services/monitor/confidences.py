@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
-import nats.errors
-
-from services.monitor.telling import tell
+from services.monitor.keeper import Keeper
 from services.monitor.writer import Writer
 from shared import messages as m
 from shared.bounded import put
@@ -17,49 +14,22 @@ from shared.bus import Bus
 from shared.knowledge import reads
 from shared.knowledge.store import Store
 from shared.learn.confidence import Confidences, told
-from shared.tasks import end
 
-TELL_S = 5.0
-"""Between two versions: each judgement changes it a little."""
-STORE_S = 60.0
 ANSWERS = 10_000
 """Latest answers whose confidence is kept in memory; an older one is looked up when its judgement comes."""
-NAME: Final = "confidence"
 
 
-class ConfidenceKeeper:
+class ConfidenceKeeper(Keeper):
     """The learned lines, owned by the knowledge owner."""
 
+    name = "confidence"
+    unusable = "learned_confidences_unusable"
+    not_told = "confidences_not_told"
+
     def __init__(self, bus: Bus, store: Store, writer: Writer, clock: Callable[[], float], log: Any) -> None:
-        self._bus = bus
-        self._store = store
-        self._writer = writer
-        self._clock = clock
-        self._log = log
+        super().__init__(bus, store, writer, clock, log)
         self._confidences = Confidences(())
         self._answers: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._version = 0
-        self._fresh = self._unstored = False
-        self._stored_at = clock()
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Take up what was stored last, tell it, and go on."""
-        async with self._store.read() as connection:
-            stored = await reads.latest_parameter(connection, NAME)
-        if stored is not None:
-            self._version = stored[0]
-            try:
-                self._confidences = Confidences.from_bytes(stored[1])
-                self._fresh = self._confidences.judgements > 0
-            except ValueError as error:
-                self._log.warning("learned_confidences_unusable", error=str(error), remedy="They are learned anew.")
-        self._task = asyncio.create_task(self._run())
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            await end([self._task])
-            self._keep()
 
     def use(self, cards: list[str]) -> None:
         """The fleet's cards."""
@@ -92,33 +62,15 @@ class ConfidenceKeeper:
         self._confidences.changed(card)
         self._fresh = self._unstored = True
 
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(TELL_S)
-            try:
-                await self._tell()
-            except (TimeoutError, OSError, nats.errors.Error) as error:
-                self._log.warning("confidences_not_told", error=str(error) or type(error).__name__)
-            if self._clock() - self._stored_at >= STORE_S:
-                self._keep()
+    def _take(self, stored: bytes) -> bool:
+        self._confidences = Confidences.from_bytes(stored)
+        return self._confidences.judgements > 0
 
-    async def _tell(self) -> None:
-        if not self._fresh:
-            return
-        self._version = max(self._version + 1, int(self._clock()))
-        await tell(self._bus, NAME, self._version, told(self._confidences.lines))
-        self._fresh = False
+    def _to_tell(self) -> bytes:
+        return told(self._confidences.lines)
 
-    def _keep(self) -> None:
-        """Store them under a version of their own."""
-        now = self._clock()
-        self._stored_at = now
-        if not self._unstored:
-            return
-        self._version += 1
-        row = {"name": NAME, "version": self._version, "at": now, "record": self._confidences.to_bytes()}
-        self._writer.note("parameters", row)
-        self._unstored = False
+    def _to_store(self) -> bytes:
+        return self._confidences.to_bytes()
 
 
 def _heard(done: m.Done) -> list[tuple[str, float]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from services.monitor import confidences as keeper
+from services.monitor import keeper
+from services.monitor.confidences import ConfidenceKeeper
 from shared import messages as m
 from shared import subjects
 from shared.bus import Bus
@@ -31,7 +32,7 @@ async def answered(bus: Bus, i: int, logprob: float, passed: list[m.Unread] | No
 
 async def told(view: ControlView, newer_than: int = 0) -> tuple[int, dict[str, Line]]:
     async def probe() -> tuple[int, dict[str, Line]] | None:
-        version, data = view.learned.get(keeper.NAME, (0, b""))
+        version, data = view.learned.get(ConfidenceKeeper.name, (0, b""))
         return (version, confidence.heard(data)) if version > newer_than else None
 
     return await until(probe)
@@ -57,7 +58,11 @@ async def test_judgements_teach_what_confidence_says_and_that_survives_a_restart
             await judge(bus, i, float(i % 2))
 
         async def learned() -> dict[str, Line] | None:
-            lines = confidence.heard(view.learned[keeper.NAME][1]) if keeper.NAME in view.learned else {}
+            lines = (
+                confidence.heard(view.learned[ConfidenceKeeper.name][1])
+                if ConfidenceKeeper.name in view.learned
+                else {}
+            )
             return lines if lines.get("alpha", Line()).slope > 0.8 else None
 
         line = (await until(learned))["alpha"]
@@ -65,7 +70,7 @@ async def test_judgements_teach_what_confidence_says_and_that_survives_a_restart
         base = monitor.monitor._owner._base
         assert base is not None
         assert base._confidences._confidences._usual["beta"].count == 5
-        version = view.learned[keeper.NAME][0]
+        version = view.learned[ConfidenceKeeper.name][0]
     finally:
         await monitor.stop()
     again = await start_monitor(settings, Store("small"), "two")

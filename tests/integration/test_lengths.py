@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.monitor import lengths as keeper
+from services.monitor import keeper
+from services.monitor.lengths import LengthKeeper
 from shared.bus import Bus
 from shared.learn.live_length import START, Lengths
 from shared.settings import Settings
@@ -16,9 +17,9 @@ from tests.integration.test_trust import answer, features
 
 async def told(view: ControlView, answers: int) -> tuple[int, Lengths]:
     async def probe() -> tuple[int, Lengths] | None:
-        if keeper.NAME not in view.learned:
+        if LengthKeeper.name not in view.learned:
             return None
-        version, data = view.learned[keeper.NAME]
+        version, data = view.learned[LengthKeeper.name]
         lengths = Lengths.from_bytes(data)
         return (version, lengths) if lengths.answers >= answers else None
 
