@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -29,6 +30,7 @@ from shared.views import ControlView, FleetView, ModelsView
 PATIENCE = 0.6
 """Share of the rent-or-buy threshold at which a grouped load begins (`bench.residency` compares values)."""
 CHARGES_S = 1.0
+T = TypeVar("T")
 
 
 class Knowledge:
@@ -93,30 +95,26 @@ class Knowledge:
 
     def _learned_now(self) -> Learned:
         """Learned quality and lengths as last told, decoded once for each version."""
-        told = self.control.learned.get("quality")
-        if told is not None and told[0] != self._learner[0]:
-            try:
-                self._learner = (told[0], Learner.from_bytes(told[1]))
-            except ValueError:  # of another version of this program: the cards' own scores stand until it is new
-                self._learner = (told[0], None)
-        told = self.control.learned.get("length")
-        if told is not None and told[0] != self._lengths[0]:
-            try:
-                self._lengths = (told[0], Lengths.from_bytes(told[1]))
-            except ValueError:
-                self._lengths = (told[0], None)
-        told = self.control.learned.get("confidence")
-        if told is not None and told[0] != self._lines[0]:
-            try:
-                self._lines = (told[0], confidence.heard(told[1]))
-            except ValueError:
-                self._lines = (told[0], {})
+        # Of another version of this program: the cards' own scores, and means, stand until it is new.
+        self._learner = self._newest("quality", self._learner, Learner.from_bytes, None)
+        self._lengths = self._newest("length", self._lengths, Lengths.from_bytes, None)
+        self._lines = self._newest("confidence", self._lines, confidence.heard, {})
         version, learner = self._learner
         return Learned(
             learner, version if learner is not None else 0, self.control.standings,
             self._lengths[1], self._lengths[0] if self._lengths[1] is not None else 0,
             self._lines[1], self._lines[0] if self._lines[1] else 0,
         )  # fmt: skip
+
+    def _newest(self, name: str, known: tuple[int, T], decode: Callable[[bytes], T], unusable: T) -> tuple[int, T]:
+        """Version and value of what was last told under this name; `known` while that is no other version."""
+        told = self.control.learned.get(name)
+        if told is None or told[0] == known[0]:
+            return known
+        try:
+            return told[0], decode(told[1])
+        except ValueError:
+            return told[0], unusable
 
     def specs(self) -> dict[str, m.ArtifactSpec]:
         return {card.artifact.name: card.artifact for card in self.models.cards.values()}
