@@ -77,11 +77,9 @@ def request_of(arguments: argparse.Namespace) -> m.Control:
     if arguments.action not in ("set", "try"):
         return m.Control(action=arguments.action, by=_who())
     given = {name: value for flag, name in FLAGS.items() if (value := getattr(arguments, flag, None)) is not None}
-    if arguments.action == "try":
-        given["share"] = arguments.share
     clear = [FLAGS.get(name.replace("-", "_"), name) for name in getattr(arguments, "clear", [])]
     try:
-        share = msgspec.convert({"share": given.pop("share", 0.0)}, m.Control).share
+        share = msgspec.convert({"share": getattr(arguments, "share", 0.0)}, m.Control).share
         wanted = msgspec.convert(given, m.Objectives)
     except msgspec.ValidationError as error:
         text, _, at = str(error).partition(" - at ")

@@ -50,7 +50,7 @@ def test_weights_on_trial_choose_what_they_would_choose_in_force(w_q: float, w_l
     tried = m.Trial(version=1, w_quality=w_q, w_latency=w_l, w_energy=w_e)
     noted = routing.decide(analyzed(), _state(tried), 0.0, _chance(0.5)).trial
     assert noted is not None
-    then = routing.decide(analyzed(), _state(None, trial.policy_of(POLICY, tried)), 0.0)
+    then = routing.decide(analyzed(), _state(None, objectives.own(POLICY, tried)), 0.0)
     best = {c.card for c in then.candidates if c.utility >= max(x.utility for x in then.candidates) - 1e-6}
     assert noted.candidate in best
     assert noted.present == routing.decide(analyzed(), _state(None), 0.0).order[0]
@@ -87,7 +87,7 @@ def test_a_trial_begins_is_promoted_and_versions_grow() -> None:
     after = trial.promoted(before, first, m.Control(action="promote", by="ann"), [], 12.0)
     assert after.objectives == m.Objectives(latency_p95_s=3.0, w_energy=0.5, w_latency=2.0)
     assert (after.version, after.action, after.by) == (5, "promote", "ann")
-    assert objectives.own(POLICY, after.objectives).w_latency == trial.policy_of(POLICY, first).w_latency
+    assert objectives.own(POLICY, after.objectives).w_latency == objectives.own(POLICY, first).w_latency
 
 
 @pytest.mark.parametrize(

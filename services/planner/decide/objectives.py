@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,7 +29,7 @@ def change(now: m.InForce | None, asked: m.Control, cards: Collection[str], at: 
             near = difflib.get_close_matches(name, _NAMES, 1, 0.5)
             hint = f"Did you mean `{near[0]}`?" if near else f"There are: {', '.join(_NAMES)}."
             raise InvalidObjective(f"There is no objective `{name}` to clear.", hint)
-    given = {name: value for name in _NAMES if (value := getattr(asked.objectives, name)) is not None}
+    given = given_in(asked.objectives)
     if not given and not asked.clear:
         raise InvalidObjective(
             "Nothing is to be changed.", f"Give one of: {', '.join(_NAMES)}; or `clear`, or `reset`."
@@ -48,16 +48,30 @@ def change(now: m.InForce | None, asked: m.Control, cards: Collection[str], at: 
         raise InvalidObjective(
             "`min_quality_ratio` needs a card to be relative to.", "Set `reference` to the name of a card."
         )
-    if (objectives.w_quality, objectives.w_latency, objectives.w_energy) == (0.0, 0.0, 0.0):
-        raise InvalidObjective("All three weights are 0: every choice would be as good.", "Set one above 0.")
+    check_weights(objectives)
     action: Literal["set", "promote"] = "promote" if asked.action == "promote" else "set"
     return m.InForce(objectives=objectives, version=version, action=action, at=at, by=asked.by)
 
 
-def own(policy: m.Policy, objectives: m.Objectives) -> m.Policy:
-    """The fleet's policy with the weights that people set in place of its own, before any is moved."""
-    given = {name: value for name in WEIGHTS if (value := getattr(objectives, name)) is not None}
-    return msgspec.structs.replace(policy, **given)
+def given_in(objectives: m.Objectives) -> dict[str, Any]:
+    """Those that are set, by name."""
+    return {name: value for name in _NAMES if (value := getattr(objectives, name)) is not None}
+
+
+def weights_in(of: m.Objectives | m.Trial) -> dict[str, float]:
+    """The weights that are given, by name."""
+    return {name: value for name in WEIGHTS if (value := getattr(of, name)) is not None}
+
+
+def check_weights(of: m.Objectives) -> None:
+    """Raises InvalidObjective when all three weights are given as nought."""
+    if (of.w_quality, of.w_latency, of.w_energy) == (0.0, 0.0, 0.0):
+        raise InvalidObjective("All three weights are 0: every choice would be as good.", "Set one above 0.")
+
+
+def own(policy: m.Policy, given: m.Objectives | m.Trial) -> m.Policy:
+    """The fleet's policy with the weights that people set, or try, in place of its own, before any is moved."""
+    return msgspec.structs.replace(policy, **weights_in(given))
 
 
 def effective(policy: m.Policy, in_force: m.InForce | None, moved: m.Moved | None) -> m.Policy:

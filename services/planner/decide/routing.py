@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from services.planner.decide import cascade, patience, scoring
+from services.planner.decide import cascade, objectives, patience, scoring
 from services.planner.decide import learned as learning
 from services.planner.decide import trial as trials
 from services.planner.decide.candidates import Candidates
@@ -268,7 +268,7 @@ def _explored(
     utility = found.utilities(order)
     share, tried = learning.shares(utility, weights["w_q"] * apart, state.policy.explore), None
     if state.trial is not None:
-        wanted = weights_of(query.preference, trials.policy_of(state.policy, state.trial))
+        wanted = weights_of(query.preference, objectives.own(state.policy, state.trial))
         other = trials.utilities([found.of(k) for k in order], weights, wanted)
         preferred = found.name(order[int(other.argmax())])
         tried = m.Tried(version=state.trial.version, present=found.name(order[0]), candidate=preferred)

@@ -26,9 +26,7 @@ def begin(now: m.Trial | None, asked: m.Control, at: float) -> m.Trial:
     Raises:
         InvalidObjective: no weight is given, something else than weights is, or all three are nought.
     """
-    given = {
-        name: value for name in m.Objectives.__struct_fields__ if (value := getattr(asked.objectives, name)) is not None
-    }
+    given = objectives.given_in(asked.objectives)
     if other := sorted(given.keys() - set(_NAMES)):
         raise InvalidObjective(
             f"`{other[0]}` cannot be on trial: only weights can.",
@@ -36,8 +34,7 @@ def begin(now: m.Trial | None, asked: m.Control, at: float) -> m.Trial:
         )
     if not given:
         raise InvalidObjective("No weights to try are given.", f"Give one of {', '.join(_NAMES)}.")
-    if all(given.get(name) == 0.0 for name in _NAMES):
-        raise InvalidObjective("All three weights are 0: every choice would be as good.", "Set one above 0.")
+    objectives.check_weights(asked.objectives)
     version = (now.version if now else 0) + 1
     return m.Trial(version=version, share=asked.share, at=at, by=asked.by, **given)
 
@@ -64,14 +61,11 @@ def promoted(now: m.InForce | None, trial: m.Trial, asked: m.Control, cards: Col
         InvalidObjective: as `objectives.change`.
     """
     wanted = m.Control(
-        action="promote", objectives=msgspec.structs.replace(m.Objectives(), **_given(trial)), by=asked.by
+        action="promote",
+        objectives=msgspec.structs.replace(m.Objectives(), **objectives.weights_in(trial)),
+        by=asked.by,
     )
     return objectives.change(now, wanted, cards, at)
-
-
-def policy_of(policy: m.Policy, trial: m.Trial) -> m.Policy:
-    """The policy in force with the weights on trial in place of its own."""
-    return msgspec.structs.replace(policy, **_given(trial))
 
 
 def utilities(standing: Sequence[m.Candidate], weights: Mapping[str, float], tried: Mapping[str, float]) -> Array:
@@ -90,7 +84,3 @@ def utilities(standing: Sequence[m.Candidate], weights: Mapping[str, float], tri
 def mixture(present: Array, candidate: Array, share: float) -> Array:
     """[k] probabilities when `share` (0 to 1) of the queries is routed by the candidate's."""
     return np.asarray((1.0 - share) * present + share * candidate)
-
-
-def _given(trial: m.Trial) -> dict[str, float]:
-    return {name: value for name in _NAMES if (value := getattr(trial, name)) is not None}
