@@ -16,11 +16,25 @@ from shared.learn.live_patience import Table, tables
 from shared.learn.signs import Signs
 
 
-class Kept(msgspec.Struct, frozen=True, gc=False):
-    """One judgement that was learned from."""
+class _Of(msgspec.Struct, frozen=True, gc=False):
+    """Of an answer to a query."""
 
     x: bytes
-    """Features, float16."""
+    """The query's features, float16."""
+
+    @property
+    def features(self) -> NDArray[Any]:
+        return embedding(self.x)
+
+    @property
+    def width(self) -> int:
+        """How many features they are."""
+        return len(self.x) // 2
+
+
+class Kept(_Of, frozen=True, gc=False):
+    """One judgement that was learned from."""
+
     prior: float
     score: float
     weight: float = 1.0
@@ -28,36 +42,16 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
     sign: float = 1.0
     """Of the answer, as it was learned (`signs`)."""
 
-    @property
-    def features(self) -> NDArray[Any]:
-        return embedding(self.x)
 
-    @property
-    def width(self) -> int:
-        """How many features they are."""
-        return len(self.x) // 2
-
-
-class Heard(msgspec.Struct, frozen=True, gc=False):
+class Heard(_Of, frozen=True, gc=False):
     """Whether one answer could be read, and how long it was."""
 
-    x: bytes
-    """Features, float16."""
     readable: bool
     weight: float = 1.0
     tokens: int = 0
     """0 where that is not known."""
     limited: bool = False
     """It was to be cut off where it rambles (`live_patience`), so its length and its score may not be its own."""
-
-    @property
-    def features(self) -> NDArray[Any]:
-        return embedding(self.x)
-
-    @property
-    def width(self) -> int:
-        """How many features they are."""
-        return len(self.x) // 2
 
 
 K = TypeVar("K", Kept, Heard)
