@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.opened import driven, open_as_engine
+from bench.opened import add_arguments, driven, open_as_engine, random_tokens
 from bench.report import machine, print_machine, print_table, write_json
 from bench.stalls import STALL_LIMIT
 from services.workers.engine.batcher import Batcher, Event, Request
@@ -52,12 +52,8 @@ class Case:
     def once(self, prompt_tokens: int, random: np.random.Generator) -> None:
         """One round."""
         batcher = self._batcher
-
-        def prompt(tokens: int) -> list[int]:
-            return [int(t) for t in random.integers(1000, 20000, tokens)]
-
         for stream in range(self.streams):
-            batcher.add(Request(f"s{stream}", [], Sampling(max_tokens=ROOM), prompt=prompt(32)))
+            batcher.add(Request(f"s{stream}", [], Sampling(max_tokens=ROOM), prompt=random_tokens(random, 32)))
         while any(not s.tokens for s in batcher._sequences.values()):
             batcher.step()
         before = [self._step()[0] for _ in range(BEFORE)][BEFORE // 4 :]
@@ -66,7 +62,7 @@ class Case:
         self._step()  # they arrive while it runs
         waiting = {f"a{number}" for number in range(self.at_once)}
         for name in sorted(waiting):
-            batcher.add(Request(name, [], Sampling(max_tokens=ROOM), prompt=prompt(prompt_tokens)))
+            batcher.add(Request(name, [], Sampling(max_tokens=ROOM), prompt=random_tokens(random, prompt_tokens)))
         gaps = []
         while waiting:
             gap_s, told = self._step()
@@ -125,10 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--variant", default="int8")
-    parser.add_argument("--store", type=Path, help="model store; the user's own when left out")
-    parser.add_argument("--threads", type=int, default=2)
+    add_arguments(parser)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 7])
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt-tokens", type=int, default=100)

@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.opened import driven, open_as_engine
 from bench.questions import QUESTIONS
 from bench.report import machine, print_machine, print_table
 from services.workers.engine.batcher import Finished, Request
-from services.workers.engine.energy import AttributedMeter
-from services.workers.engine.loader import open_model, start
 from shared.learn.confidence import Confidences, Line
-from shared.messages import ArtifactSpec, ChatMessage, Device, Sampling
-from shared.models.manifest import artifact_name
-from shared.models.store import ModelStore
-from shared.settings import Settings
+from shared.messages import ChatMessage, Sampling
 
 Array = NDArray[Any]
 MODEL = "smollm2-135m"
@@ -37,15 +32,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def answers(variant: str, store: Path | None) -> tuple[Array, Array]:
     """Whether each question was answered right [n], and the mean log-probability [n]; greedy, 32 tokens at most."""
-    settings = Settings.from_env()
-    models = ModelStore(store or settings.models_path)
-    spec = ArtifactSpec(
-        name=artifact_name(MODEL, variant), model=MODEL, variant=variant, context=512, slots=8, kv_bytes_per_token=0,
-        weights_bytes=models.variant(MODEL, variant).weights_bytes,
-    )  # fmt: skip
-    device = Device(kind="cpu", name="cpu", threads=2)
-    opened = open_model(models.path(MODEL), models.get(MODEL), spec, device, caches=settings.weights_paths)
-    batcher = start(opened, AttributedMeter("model", settings.power_core_w), clock=time.perf_counter)
+    batcher = driven(open_as_engine(MODEL, variant, store, 2, context=512, slots=8), 8, 512)
     for row, (question, _) in enumerate(QUESTIONS):
         turns = [
             ChatMessage(role="system", content="You are a helpful assistant."),

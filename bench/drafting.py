@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.opened import driven, open_as_engine
+from bench.opened import driven, open_as_engine, random_tokens
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Finished, Request
 from services.workers.engine.runner import SharedKvRunner
@@ -55,7 +55,7 @@ class Subject:
         """Median seconds of a step, by its number of tokens; widths in turn, so that all meet the same machine."""
         held, widths = self._arguments.held, self._arguments.widths
         runner = SharedKvRunner(self.opened.session, 1, held + 64, self.opened.device)
-        tokens = [int(t) for t in np.random.default_rng(0).integers(1000, 20000, held + 64)]
+        tokens = random_tokens(np.random.default_rng(0), held + 64)
         runner.prefill(0, tokens[:held], 0)
         seconds: dict[int, list[float]] = {width: [] for width in widths}
         for _ in range(self._arguments.steps):

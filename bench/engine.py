@@ -25,7 +25,7 @@ import numpy as np
 from bench import against, stalls
 from bench import peers as peers_module
 from bench.bandwidth import read_bytes_per_s
-from bench.opened import driven, open_as_engine
+from bench.opened import driven, open_as_engine, random_tokens
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Delta, Finished, Request
 from services.workers.engine.runner import SharedKvRunner
@@ -48,7 +48,7 @@ class Subject:
 
     def prompt(self, tokens: int) -> list[int]:
         """Random tokens, others each time: nothing of them lies in a cache."""
-        return [int(t) for t in self.random.integers(1000, 20000, tokens)]
+        return random_tokens(self.random, tokens)
 
     def runner(self, rows: int, context: int) -> SharedKvRunner:
         return SharedKvRunner(self.opened.session, rows, context, self.opened.device)

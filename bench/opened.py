@@ -5,11 +5,13 @@ Engines have one OpenBLAS thread as well: what times them imports `shared.one_th
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from services.workers.engine.batcher import Batcher
 from services.workers.engine.energy import AttributedMeter
@@ -37,6 +39,19 @@ def open_as_engine(
     device = Device(kind="cpu", name="cpu", threads=threads)
     caches = settings.weights_paths if store is None else (store / PACKED, *settings.weights_paths)
     return open_model(models.path(model), models.get(model), spec, device, caches=caches)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is opened: `--model`, `--variant`, `--store` and `--threads`."""
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--variant", default="int8")
+    parser.add_argument("--store", type=Path, help="model store; the user's own when left out")
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def random_tokens(random: np.random.Generator, count: int) -> list[int]:
+    """A prompt of plain words of no meaning."""
+    return [int(t) for t in random.integers(1000, 20000, count)]
 
 
 def driven(opened: Opened, slots: int, context: int) -> Batcher:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.opened import driven, open_as_engine
+from bench.opened import add_arguments, driven, open_as_engine, random_tokens
 from bench.report import machine, print_machine, print_table, write_json
 from services.workers.engine.batcher import Batcher, Request
 from services.workers.engine.loader import Opened
@@ -69,24 +69,21 @@ def waited_s() -> float:
 def once(case: Case, random: np.random.Generator) -> dict[str, float]:
     """One run; times in seconds."""
 
-    def prompt(tokens: int) -> list[int]:
-        return [int(t) for t in random.integers(1000, 20000, tokens)]
-
     batcher = case.batcher()
-    batcher.add(Request("alone", [], Sampling(max_tokens=1), prompt=prompt(case.long)))
+    batcher.add(Request("alone", [], Sampling(max_tokens=1), prompt=random_tokens(random, case.long)))
     began = time.perf_counter()
     while batcher.active:
         batcher.step()
     alone_s = time.perf_counter() - began
     for row in range(case.streams):
-        batcher.add(Request(f"s{row}", [], Sampling(max_tokens=case.long), prompt=prompt(32)))
+        batcher.add(Request(f"s{row}", [], Sampling(max_tokens=case.long), prompt=random_tokens(random, 32)))
     gaps: list[float] = []  # every step gives each stream a token
     waits: list[float] = []
     first, steps, came_at = False, 0, 0.0
     while not first:
         if steps == BEFORE:
             before, gaps, waits, came_at = gaps[case.streams + 4 :], [], [], time.perf_counter()
-            batcher.add(Request("long", [], Sampling(max_tokens=4), prompt=prompt(case.long)))
+            batcher.add(Request("long", [], Sampling(max_tokens=4), prompt=random_tokens(random, case.long)))
         waited, began = waited_s(), time.perf_counter()
         events = batcher.step()
         gaps.append(time.perf_counter() - began)
@@ -130,10 +127,7 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--variant", default="int8")
-    parser.add_argument("--store", type=Path, help="model store; the user's own when left out")
-    parser.add_argument("--threads", type=int, default=2)
+    add_arguments(parser)
     parser.add_argument("--streams", type=int, default=7)
     parser.add_argument("--long-prompt", type=int, default=1500)
     parser.add_argument("--runs", type=int, default=8)

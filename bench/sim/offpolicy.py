@@ -49,17 +49,13 @@ def taught(models: Sequence[str], x: Array, score: Array, rng: np.random.Generat
     """What is known after `OUTCOMES` outcomes of its own choices."""
     model = QualityModel.start(models, x)
     for row in rng.permutation(len(x))[:OUTCOMES].tolist():
-        spread = model.spread(x[row])
-        chances = bandit.distribution(
-            model.expected_one(x[row]), spread, rng.standard_normal(spread.shape(bandit.DRAWS))
-        )
-        choice = bandit.choose(chances, rng.random())
+        choice = bandit.choose(distributions(model, x[row][None], rng)[0], rng.random())
         model.update(x[row], choice.model, float(score[row, choice.model]))
     return model
 
 
 def distributions(
-    model: QualityModel, x: Array, rng: np.random.Generator, floor: float, cost: Array | float = 0.0
+    model: QualityModel, x: Array, rng: np.random.Generator, floor: float = 0.0, cost: Array | float = 0.0
 ) -> Array:
     """[n, k] chances with which each model is chosen."""
     found = []
