@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from services.monitor import confidences
+from services.monitor.confidences import ConfidenceKeeper
 from shared import codec, subjects
 from shared import messages as m
 from shared.learn import confidence
@@ -37,7 +37,7 @@ async def _judged(system: System) -> tuple[str, str]:
     await view.start()
     async with asyncio.timeout(40):
         while True:
-            _, data = view.learned.get(confidences.NAME, (0, b""))
+            _, data = view.learned.get(ConfidenceKeeper.name, (0, b""))
             if data and confidence.heard(data)["plain"].slope > 0.8:
                 break
             await asyncio.sleep(0.1)  # judgements are taken in one by one, and told every few seconds
