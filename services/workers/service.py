@@ -34,7 +34,6 @@ from shared.views import ModelsView
 
 REMEMBERED = 256
 """Outcomes kept, so that a repeated command gets the same answer."""
-POLICY_WAIT_S = 5.0
 DEVICE_SHARE = 0.8
 
 
@@ -129,9 +128,11 @@ class Worker:
         await tasks.end([*self._tasks, *self._operations.values()])
 
     async def _budget_of_fleet(self) -> int:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(POLICY_WAIT_S):
-                await self._models.ready.wait()
+        """The fleet's own, once it is known: a first run may fetch it for minutes. A worker can load nothing before,
+        and one that began with all of its device's memory would hold more than the fleet allows."""
+        if not self._models.ready.is_set():
+            self._log.info("waiting_for_fleet")
+            await self._models.ready.wait()
         return self._models.policy.worker_memory_bytes if self._models.policy else 0
 
     # --- registration ---
