@@ -12,6 +12,7 @@ reference, within `--energy-budget` of its energy (several give the frontier) an
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ DEFAULT = "calm,calm-escalate,calm-as-described,best-single,category-best,knn,ri
 REFERENCE_LOAD = 0.5
 DEFAULT_LATENCY_BUDGET = 0.45
 """Of the reference's latency; not with an energy budget of one's own, which may leave no room for it."""
+OVER = 1.02
+"""A budget times this has not been kept."""
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
@@ -146,6 +149,24 @@ def simulate(setting: Setting, names: list[str], seeds: int) -> dict[str, dict[s
     return result
 
 
+def unkept(result: dict[str, dict[str, Any]]) -> list[str]:
+    """What is to be said of energy budgets that were not kept."""
+    lines = []
+    for name, found in result.items():
+        budget = found.get("energy_budget", math.inf)
+        if found.get("aimed_at", budget) > budget:
+            lines.append(
+                f"{name}: no choice of models keeps {budget:.2f} of the reference's energy; {found['aimed_at']:.2f}, "
+                "about the least, was aimed at."
+            )
+        elif found["energy_ratio"] > budget * OVER:
+            lines.append(
+                f"{name}: {found['energy_ratio']:.2f} of the reference's energy is above its budget of {budget:.2f}: "
+                "the fleet does not keep it at this load (the fewer sequences at once, the more joules a token)."
+            )
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = arguments_of(argv)
     try:
@@ -165,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"bench.sim: {error}", file=sys.stderr)
         sys.exit(2)
     report.show(result, f"{setting.count} queries at {setting.rate_per_s:.2f}/s, reference {setting.reference}")
+    for line in unkept(result):
+        print(line)
     print("Latency and energy are modelled from output lengths and the profile; accuracy is recorded.")
     if arguments.json:
         write_json(arguments.json, {

@@ -30,6 +30,9 @@ GRID = (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
 """Weights of latency that are tried."""
 TUNED_ON = 3000
 """Queries of each trial."""
+UNKEPT = 1.05
+"""A budget that nothing keeps becomes the least that can be spent, times this: the last per cents of energy are taken
+from quality at any price."""
 W_LATENCY = 0.05
 """Of `calm`: a second opinion that costs seconds must promise something."""
 W_LATENCY_ESCALATE = 0.1
@@ -112,6 +115,7 @@ def _ours(
             notes={"w_energy": 0.0, "w_latency": w_latency},
         )  # fmt: skip
     spent = spent or spending(setting, models, w_latency)
+    wanted, ratio = ratio, spent.nearest(ratio)
     allowance = _allowance(setting, models, spent.asked[int(np.abs(spent.ratios - ratio).argmin())])
     weights = [spent.weight(ratio * share) for share in RUNGS]
     rungs = [_Rung(setting, models, cascade if cascades else None, weight, w_latency) for weight in weights]
@@ -120,7 +124,7 @@ def _ours(
         written = None if setting.trace_tokens else work.tokens_out
         return Budgeted([r.router(work) for r in rungs], RUNGS, allowance, ratio, len(work), written, work.row)
 
-    notes = {"w_energy": spent.weight(ratio), "w_latency": w_latency}
+    notes = {"w_energy": spent.weight(ratio), "w_latency": w_latency, "energy_budget": wanted, "aimed_at": ratio}
     return Plan(models, router, fixed, setting=own, notes=notes)
 
 
@@ -180,6 +184,10 @@ class Spending:
     """Energy relative to the reference's; falling."""
     asked: tuple[Array, ...] = ()
     """[learn, k] for each: whom the plan asks."""
+
+    def nearest(self, ratio: float) -> float:
+        """The budget to aim at: `ratio`, or, where nothing keeps it, about the least that can be spent."""
+        return ratio if ratio >= self.ratios.min() else float(self.ratios.min()) * UNKEPT
 
     def weight(self, ratio: float) -> float:
         """The least weight that spends no more than `ratio`, between those tried by interpolation."""

@@ -12,6 +12,7 @@ import pytest
 import bench.sim.__main__ as command
 from bench.profiles import fit, read
 from bench.sim import arrivals
+from bench.sim.__main__ import unkept
 from bench.sim.budget import RUNGS, SPARE, Allowance, Budgeted
 from bench.sim.data import Trace, load_outcomes
 from bench.sim.policies import Spending
@@ -196,6 +197,26 @@ def test_the_least_price_that_keeps_a_budget_is_found_between_those_tried() -> N
     assert 1.0 < spent.weight(0.3) < 10.0
     assert spent.weight(2.0) == pytest.approx(0.1), "more than is ever spent costs nothing more"
     assert spent.weight(0.01) == pytest.approx(10.0)
+
+
+def test_a_budget_that_nothing_keeps_becomes_about_the_least_that_can_be_spent() -> None:
+    spent = Spending(np.array([0.1, 1.0, 10.0]), np.array([0.9, 0.5, 0.1]))
+    assert spent.nearest(0.3) == 0.3
+    assert 0.1 < spent.nearest(0.01) < 0.11
+
+
+def test_budgets_that_were_not_kept_are_told() -> None:
+    kept = {"energy_ratio": 0.19, "energy_budget": 0.19, "aimed_at": 0.19}
+    result = {
+        "knn": {"energy_ratio": 3.0},
+        "a": kept,
+        "b": {**kept, "aimed_at": 0.5},
+        "c": {**kept, "energy_ratio": 0.3},
+    }
+    found = unkept(result)
+    assert [line.split(":")[0] for line in found] == ["b", "c"]
+    assert "0.50" in found[0]
+    assert "0.30" in found[1]
 
 
 def test_what_cannot_be_used_is_said(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
