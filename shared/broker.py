@@ -55,15 +55,18 @@ class Broker:
         self._reader = reader
 
     @classmethod
-    async def start(cls, folder: Path, *, host: str = "127.0.0.1", port: int = -1, timeout_s: float = 10.0) -> Broker:
-        """Start with its files in `folder`; port -1 takes a free one, read from the server's own output.
+    async def start(
+        cls, folder: Path, *, host: str = "127.0.0.1", port: int = -1, timeout_s: float = 10.0, more: str = ""
+    ) -> Broker:
+        """Start with its files in `folder`; port -1 takes a free one, read from the server's own output. `more` is
+        added to its configuration.
 
         Raises:
             BusUnavailable: it did not come up; the message holds what it printed.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "nats.conf"
-        file.write_text(config(folder / "jetstream", host, port))
+        file.write_text(config(folder / "jetstream", host, port) + more)
         process = await asyncio.create_subprocess_exec(
             str(binary()), "-c", str(file),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,

@@ -52,6 +52,15 @@ class Settings:
     """Comma-separated server URLs; user and password may stand in them."""
     nats_creds: str = ""
     """Path of a NATS credentials file."""
+    nats_ca: str = ""
+    """Path of the certificate authority (PEM) that signed the broker's certificate; the system's when not set.
+    Connections are encrypted where the URL begins with `tls://` or the broker asks for it."""
+    nats_cert: str = ""
+    """Path of a certificate (PEM) to show to a broker that verifies its clients,"""
+    nats_key: str = ""
+    """and of its key."""
+    nats_inbox: str = "_INBOX"
+    """Beginning of this process's reply subjects, for users who may subscribe to those alone: `_INBOX.NAME`."""
     nats_server: str = ""
     """Path of a nats-server program, instead of the packaged one."""
     home: Path = Path("~/.calm")
@@ -107,6 +116,11 @@ class Settings:
     retention_days: float = 30.0
     """Raw rows of the knowledge base are kept this long."""
     log_level: str = "info"
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the broker may be spoken to in cipher alone."""
+        return "tls://" in self.nats_url
 
     @property
     def models_path(self) -> Path:
