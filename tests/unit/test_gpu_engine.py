@@ -145,7 +145,7 @@ def test_an_engine_on_a_gpu_decodes_by_graphs_when_it_is_told_to(
     assert first == CUDA
     assert given == {"device_id": "2", "arena_extend_strategy": "kSameAsRequested", "enable_cuda_graph": "1"}
     assert isinstance(batcher._runner, CapturedRunner)
-    assert set(sessions.graphs) == {-1, 1, 2}
+    assert len(set(sessions.graphs) - {-1}) == 2  # one sequence alone, and two
     assert sessions.graphs.count(-1) == 3  # each prompt, or what of it was not there yet
 
 

@@ -17,6 +17,7 @@ runs with the graph id -1, which neither captures nor replays. The first failure
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from shared.messages import Device
 GRAPH_ID = "gpu_graph_id"
 """Run option: the number of the graph to capture or replay. 0 is ONNX Runtime's own."""
 NO_GRAPH = -1
+_numbers = itertools.count(1)
+"""Never twice in a process: a session would replay another runner's graph over addresses that are gone."""
 _ALIGNED = 256
 """Bytes that each part of a buffer begins at a multiple of, as CUDA's own allocations do."""
 _COARSE = 8
@@ -201,7 +204,7 @@ class CapturedRunner(SharedKvRunner):
             parts[name] = np.ndarray(dims, dtype, staged, starts[name])
             binding.bind_input(name, *where, dtype, list(dims), there.data_ptr() + starts[name])
         self._bind_step(binding, {"total_sequence_length": self._total})
-        return _Step(binding, _options(rows), staged, parts, there, logits)
+        return _Step(binding, _options(next(_numbers)), staged, parts, there, logits)
 
 
 def _options(graph: int) -> ort.RunOptions:
