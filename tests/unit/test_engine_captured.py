@@ -66,7 +66,7 @@ def spy(session: ort.InferenceSession) -> Spy:
 
 
 def captured(session: Any, rows: int = ROWS) -> CapturedRunner:
-    return CapturedRunner(session, rows, CONTEXT, CPU, on_device=True)
+    return CapturedRunner(session, rows, CONTEXT, CPU)
 
 
 def plain(session: Any, rows: int = ROWS) -> SharedKvRunner:
@@ -210,7 +210,7 @@ def test_the_length_of_a_step_can_be_counted_on_the_device(tmp_path: Path, case:
     if graph is None:
         return
     expected = imported.token_by_token()
-    runner = CapturedRunner(open_session(file, CPU, 1, graph=graph), 3, case.capacity, CPU, on_device=True)
+    runner = CapturedRunner(open_session(file, CPU, 1, graph=graph), 3, case.capacity, CPU)
     read = 5
     np.testing.assert_allclose(runner.prefill(2, case.ids[:read], 0), expected[read - 1], atol=1e-4)
     np.testing.assert_allclose(runner.prefill(2, case.ids[read:9], read), expected[8], atol=1e-4)
@@ -235,7 +235,7 @@ def test_positions_are_told_to_graphs_that_ask_for_them(tmp_path: Path) -> None:
     imported = Imported(case, tmp_path)
     expected = imported.token_by_token()
     session = open_session(tmp_path / "fp32" / "model.onnx", CPU, 1, graph=positioned(tmp_path / "fp32" / "model.onnx"))
-    runner = CapturedRunner(session, 4, case.capacity, CPU, on_device=True)
+    runner = CapturedRunner(session, 4, case.capacity, CPU)
     runner.prefill(2, case.ids[:9], 0)
     for place in range(9, case.tokens):
         logits = runner.decode([3, 0, case.ids[place]], [place - 9, 0, place])

@@ -54,7 +54,7 @@ def make(
         model[2], SLOTS + EXTRA, CONTEXT, CPU, on_device=on_device, joint=model[3] if joint else None
     )
     if captured:
-        runner = CapturedRunner(model[2], SLOTS + EXTRA, CONTEXT, CPU, on_device=True)
+        runner = CapturedRunner(model[2], SLOTS + EXTRA, CONTEXT, CPU)
     schedule = Schedule(
         SLOTS, compact=runner.compact, extra_rows=EXTRA, capacity_tokens=capacity, min_shared=min_shared
     )

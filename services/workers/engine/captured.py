@@ -101,19 +101,13 @@ class _Step:
 
 
 class CapturedRunner(SharedKvRunner):
-    """Drives a session of `open_capturing`. For graphs that are told lengths, not masks."""
+    """Drives a session of `open_capturing`, over rows that stay where they are. For graphs that are told lengths, not
+    masks. On a CPU all is done but the capturing, of which its sessions know nothing."""
 
     def __init__(
-        self,
-        session: ort.InferenceSession,
-        rows: int,
-        context: int,
-        device: Device,
-        *,
-        on_device: bool | None = None,
-        log: Any = None,
+        self, session: ort.InferenceSession, rows: int, context: int, device: Device, *, log: Any = None
     ) -> None:
-        super().__init__(session, rows, context, device, on_device=on_device)
+        super().__init__(session, rows, context, device, on_device=True)
         self.capturing = not self._masked
         """Nothing has failed yet."""
         self._rows = rows
