@@ -107,9 +107,7 @@ class Driver:
                 counted.seconds = self._elapsed()
         return {"tokens": tokens, **_rates(counted)}
 
-    def decode(
-        self, key: str, batch: int, prompt_tokens: int, context: int, seconds: float, graphs: bool
-    ) -> dict[str, Any]:
+    def decode(self, key: str, batch: int, prompt_tokens: int, context: int, seconds: float) -> dict[str, Any]:
         """So many sequences at once, each in a row of its own, after short prompts. Whole steps, as clients see them,
         and how much of each is the runner's: the device, and copies to and from it."""
         opened = self._opened[key]
@@ -130,7 +128,7 @@ class Driver:
             self._fill(batcher, batch, prompt_tokens, context)
             for _ in range(WARM):
                 batcher.step()
-            runner.decode = timed  # type: ignore[method-assign]
+            runner.decode = timed  # type: ignore[assignment, method-assign]
             counted = _Counted()
             with self._counting(counted):
                 left = context - prompt_tokens - 2 * batch - WARM - 2
@@ -146,11 +144,9 @@ class Driver:
             batcher.clear()
             for name in ("seconds", "joules", "tokens", "steps"):
                 setattr(total, name, getattr(total, name) + getattr(counted, name))
-        captured = isinstance(runner, CapturedRunner) and runner.capturing
-        if graphs and not captured:
-            raise EngineFailed("No graph was captured.", "The log says why.")
         return {
-            "batch": batch, "step_s": total.seconds / total.steps, "median_step_s": statistics.median(gaps),
+            "batch": batch, "captured": isinstance(runner, CapturedRunner) and runner.capturing,
+            "step_s": total.seconds / total.steps, "median_step_s": statistics.median(gaps),
             "runner_s": inside.seconds / inside.steps, **_rates(total),
         }  # fmt: skip
 
