@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnxruntime as ort
 
 from services.workers.engine.batcher import Batcher, Delta, Finished, Request
 from services.workers.engine.cache import DeviceCache
@@ -66,6 +67,8 @@ class Driver:
 
     def context(self) -> dict[str, Any]:
         """Touch the device, with as little as can be: what remains is what each process costs."""
+        with contextlib.suppress(AttributeError):  # as `open_session` does
+            ort.preload_dlls()
         self._held = DeviceCache(["x"], 1, [(1, 16, 16)], np.float16, self._device)
         self._held._copy("x", self._held.pointer("x", 0), self._held.pointer("x", 0))
         return {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from services.workers import device as devices
-from services.workers import pack
+from services.workers import engine_process, pack
 from services.workers.engine import cache, runner
 from services.workers.engine.batcher import Batcher, Finished, Request
 from services.workers.engine.captured import GRAPH_ID, CapturedRunner
@@ -24,7 +25,7 @@ from services.workers.engine.loader import ON_DEVICE, Opened, open_model, start
 from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine_process import _gate
 from services.workers.protocol import Start
-from shared.errors import DeviceUnavailable
+from shared.errors import DeviceUnavailable, ModelMissing
 from shared.messages import ArtifactSpec, Device, Sampling
 from shared.models.gguf_import import import_gguf
 from shared.models.manifest import Manifest
@@ -158,6 +159,23 @@ def test_an_engine_that_may_not_capture_says_so_and_serves(model: tuple[Path, Ma
     assert not isinstance(batcher._runner, CapturedRunner)
     assert [line["event"] for line in logs] == ["cuda_graphs_off"]
     assert "cannot use the graph capture feature" in logs[0]["reason"]
+
+
+def test_the_setting_reaches_the_engine(model: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def opening(*_: Any, **more: Any) -> None:
+        told.update(more)
+        raise ModelMissing("enough", "")
+
+    monkeypatch.setattr(engine_process, "open_model", opening)
+    monkeypatch.setattr(engine_process, "ModelStore", lambda _path: MagicMock())
+    begin = Start(worker="w", spec=spec(model, "fp16"), device=GPU, power_w=1.0)
+    for on in (False, True):
+        engine = engine_process.Engine(Settings(cuda_graphs=on), begin)
+        with pytest.raises(ModelMissing, match="enough"):
+            engine._load(begin)
+        assert told["cuda_graphs"] is on
 
 
 def test_what_copies_rows_on_a_gpu_is_not_silently_on_the_cpu() -> None:
