@@ -275,13 +275,15 @@ def show(result: dict[str, Any]) -> None:
         ],
     )  # fmt: skip
     if result["together"]:
-        print(decision(result["together"]))
+        print(decision(result["together"], result["kind"]))
 
 
-def decision(t: dict[str, Any]) -> str:
-    """What was found about processes, and what follows by the rule of docs/gpu.md."""
+def decision(t: dict[str, Any], kind: str) -> str:
+    """What was found about processes, and what follows by the rule of docs/gpu.md for a GPU."""
     share = t["saved_bytes"] / max(t["model_bytes"], 1)
     worth = share >= LEAST_SAVED and t["close_gives_back"] >= 1.0 - MOST_LOST
+    follows = "several models in one process are worth building" if worth else "one process a model stays"
+    follows = f"By that, {follows}." if kind == "cuda" else "It decides nothing on a CPU, where engines are forked."
     return (
         f"\nOne process a model, or several models in one ({t['count']} x {t['shape']} {t['precision']}):\n"
         f"  a process that only touched the device holds {format_bytes(t['context_bytes'])};\n"
@@ -291,7 +293,7 @@ def decision(t: dict[str, Any]) -> str:
         f"  a load takes {t['apart_load_s']:.2f} s apart and {t['one_load_s']:.2f} s in a process that runs;\n"
         f"  closing a model in a process gives {t['close_gives_back']:.0%} of its bytes back"
         f" (wanted: {1.0 - MOST_LOST:.0%}); ending a process, all.\n"
-        f"By that, {'several models in one process are worth building' if worth else 'one process a model stays'}."
+        f"{follows}"
     )
 
 

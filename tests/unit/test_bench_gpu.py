@@ -229,13 +229,15 @@ def test_the_slope_is_that_of_the_steps() -> None:
 
 @pytest.mark.parametrize(("saved", "given_back", "worth"), [(0.2, 1.0, True), (0.2, 0.9, False), (0.05, 1.0, False)])
 def test_what_decides_on_processes_is_printed(saved: float, given_back: float, worth: bool) -> None:
-    text = command.decision({
+    found = {
         "shape": "s", "precision": "fp16", "count": 3, "context_bytes": 4e8, "apart_bytes": 6e9, "one_bytes": 5e9,
         "model_bytes": 2e9, "saved_bytes": saved * 2e9, "apart_load_s": 3.0, "one_load_s": 1.0, "close_s": 0.1,
         "close_gives_back": given_back,
-    })  # fmt: skip
+    }  # fmt: skip
+    text = command.decision(found, "cuda")
     assert ("worth building" in text) == worth
     assert ("one process a model stays" in text) != worth
+    assert "decides nothing on a CPU" in command.decision(found, "cpu")
 
 
 def test_too_short_a_context_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
