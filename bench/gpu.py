@@ -126,7 +126,9 @@ class Bench:
             for batch in asked.batch:
                 if not self._decode(process, found, name, batch):
                     break
-            found["most_bytes"] = self.settled([process]) - empty
+                found["decode"][-1]["bytes"] = found["most_bytes"] = self.settled([process]) - empty
+            rows = max((one["batch"] for one in found["decode"]), default=0)
+            found["counted_bytes"] = found["weights_bytes"] + rows * asked.context * found["kv_bytes_per_token"]
         except CalmError as error:
             found["error"] = str(error)
             say(f"{name}: {error}")
@@ -247,11 +249,13 @@ def _make_room(store: Path, models: Sequence[dict[str, Any]]) -> None:
 def show(result: dict[str, Any]) -> None:
     """Tables of it all, and what decides on processes."""
     print_table(
-        "loading and evicting", ("model", "graphs", "process, s", "open, s", "first answer, s", "held, MB", "most, MB",
-                                 "evict, s", "given back"),
+        "loading and evicting (most: at the most sequences at once; of these, weights and KV cache by arithmetic)",
+        ("model", "graphs", "process, s", "open, s", "first answer, s", "held, MB", "most, MB", "weights and KV, MB",
+         "evict, s", "given back"),
         [
             [x["artifact"], _on(x), x["process_s"], x.get("open_s", "-"), x.get("ready_s", "-"),
-             _mb(x.get("held_bytes")), _mb(x.get("most_bytes")), x["evict_s"], x["given_back"]]
+             _mb(x.get("held_bytes")), _mb(x.get("most_bytes")), _mb(x.get("counted_bytes")), x["evict_s"],
+             x["given_back"]]
             for x in result["models"]
         ],
     )  # fmt: skip

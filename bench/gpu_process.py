@@ -88,7 +88,10 @@ class Driver:
             self._opened[key] = opened
             open_s = opened.load_s
             self._first(opened)
-        return {"open_s": open_s, "ready_s": counted.seconds, "joules": counted.joules, "captures": opened.captures}
+        return {
+            "open_s": open_s, "ready_s": counted.seconds, "joules": counted.joules, "captures": opened.captures,
+            "weights_bytes": spec.weights_bytes, "kv_bytes_per_token": spec.kv_bytes_per_token,
+        }  # fmt: skip
 
     def close(self, key: str) -> dict[str, Any]:
         """Give a model up and stay: what an evict would be if processes held several."""

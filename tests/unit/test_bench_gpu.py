@@ -56,7 +56,8 @@ def test_the_whole_of_it_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
             assert figures["tokens_per_s"] > 0
             assert figures["token_j"] > 0
         assert all(0 < step["runner_s"] < step["step_s"] for step in one["decode"])
-        assert min(one["held_bytes"], one["most_bytes"]) > 0
+        assert min(one["held_bytes"], one["most_bytes"], *(step["bytes"] for step in one["decode"])) > 0
+        assert one["counted_bytes"] == one["weights_bytes"] + 3 * 96 * 2 * 2 * 2 * 16 * 2
         assert min(one["process_s"], one["open_s"], one["evict_s"], one["joules"]) > 0
         assert one["given_back"] > 0.9
     together = result["together"]
@@ -142,7 +143,10 @@ class Full:
         if name == "open":
             if not self.most:
                 raise NoMemory("The model does not fit.", "")
-            return {"open_s": 1.0, "ready_s": 2.0, "joules": 5.0, "captures": self.captures}
+            return {
+                "open_s": 1.0, "ready_s": 2.0, "joules": 5.0, "captures": self.captures, "weights_bytes": 100,
+                "kv_bytes_per_token": 2,
+            }  # fmt: skip
         if name == "decode":
             self.asked.append(more["batch"])
             if more["batch"] > self.most:
@@ -172,6 +176,7 @@ def test_as_many_at_once_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch)
     assert [one["batch"] for one in found["decode"]] == [1, 2]
     assert process.asked == [1, 2, 4]
     assert found["stopped_at"]["batch"] == 4
+    assert found["counted_bytes"] == 100 + 2 * 96 * 2  # of the two rows that there were
     assert "error" not in found
 
 
