@@ -49,41 +49,71 @@ def width(rows: int, most: int) -> int:
     return min(wide, most)
 
 
-def open_capturing(model: Path, device: Device, log: Any = None) -> ort.InferenceSession | None:
-    """A session whose runs can be captured; None, and a line in the log, when ONNX Runtime refuses to."""
+def open_capturing(model: Path, context: int, device: Device, log: Any = None) -> ort.InferenceSession | None:
+    """A session whose runs over rows of `context` tokens can be captured; None, and a line in the log, when ONNX
+    Runtime refuses to."""
     try:
-        return open_session(model, device, device.threads, graph=without_copies(model), cuda_graphs=True)
+        return open_session(model, device, device.threads, graph=without_copies(model, context), cuda_graphs=True)
     except UnsupportedModel as error:
         _say_off(log, error)
         return None
 
 
-def without_copies(model: Path) -> bytes | None:
-    """The graph of `model` with the length of a step counted on the device, or None where nothing needs that.
+def without_copies(model: Path, context: int) -> bytes | None:
+    """The graph of `model` for rows of `context` tokens with nothing copied between host and device within it, or None
+    where nothing is: with one copy ONNX Runtime captures no graph.
 
-    Graphs that rotate by nodes of their own subtract the step's length, out of the shape of `input_ids`, from what lies
-    on the device. Shapes are the host's: ONNX Runtime copies the length, and captures no graph with such a copy.
+    Graphs that rotate by nodes of their own read shapes on the device, and shapes are the host's: the length of a step,
+    which is counted on the device instead; and that of a row, to choose between two rotations, of which one is left.
     """
     import onnx  # noqa: PLC0415 20 MB of memory, for this alone
-    from onnx import TensorProto, helper  # noqa: PLC0415
 
     proto = onnx.load(str(model), load_external_data=False)
-    nodes = list(proto.graph.node)
+    changed = _count_on_device(proto.graph)
+    for node in list(proto.graph.node):
+        if node.op_type == "Where" and node.output[0].endswith(".chosen"):
+            _choose(proto.graph, node, context)
+            changed = True
+    return bytes(proto.SerializeToString()) if changed else None
+
+
+def _count_on_device(graph: Any) -> bool:
+    """Have the length of a step counted out of `input_ids`, where it is subtracted from what lies on the device."""
+    from onnx import TensorProto, helper  # noqa: PLC0415
+
+    nodes = list(graph.node)
     place = next((i for i, node in enumerate(nodes) if "rotation.before" in node.output), None)
     if place is None:
-        return None
-    names = [f"rotation.counted.{part}" for part in ("same", "ones", "axis", "length")]
-    same, ones, axis, length = names
+        return False
+    same, ones, axis, length = (f"rotation.counted.{part}" for part in ("same", "ones", "axis", "length"))
     counted = [
         helper.make_node("Equal", ["input_ids", "input_ids"], [same]),
         helper.make_node("Cast", [same], [ones], to=TensorProto.INT64),
         helper.make_node("ReduceSum", [ones, axis], [length], keepdims=0),
     ]
-    proto.graph.initializer.append(helper.make_tensor(axis, TensorProto.INT64, [1], [1]))
+    graph.initializer.append(helper.make_tensor(axis, TensorProto.INT64, [1], [1]))
     nodes[place].input[1] = length
-    del proto.graph.node[:]
-    proto.graph.node.extend([*nodes[:place], *counted, *nodes[place:]])
-    return bytes(proto.SerializeToString())
+    del graph.node[:]
+    graph.node.extend([*nodes[:place], *counted, *nodes[place:]])
+    return True
+
+
+def _choose(graph: Any, choice: Any, context: int) -> None:
+    """Put the rotation of rows of `context` tokens in the place of the choice, and leave out what chose."""
+    from onnx import numpy_helper  # noqa: PLC0415
+
+    _, beyond, within = choice.input
+    name = choice.output[0]
+    parts = {f"{name.removesuffix('.chosen')}.{part}" for part in ("cache", "capacity", "longer", "chosen")}
+    original = next(tensor for tensor in graph.initializer if tensor.name == name.replace(".chosen", ".original"))
+    chosen = beyond if context > int(numpy_helper.to_array(original).item()) else within
+    kept = [node for node in graph.node if node.output[0] not in parts]
+    for node in kept:
+        for place, read in enumerate(node.input):
+            if read == name:
+                node.input[place] = chosen
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 @dataclass

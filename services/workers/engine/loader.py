@@ -90,7 +90,7 @@ def open_model(
         session, together = _shared(caches, spec.name, model, variant.weights_bytes, device)
     captures = cuda_graphs and device.kind == "cuda" and variant.layout == "calm" and graph is None
     if captures:
-        session = open_capturing(model, device, log)
+        session = open_capturing(model, spec.context, device, log)
         captures = session is not None
     session = session or open_session(model, device, device.threads, graph=graph)
     text = Text(folder, manifest.tokenizer)
