@@ -15,6 +15,7 @@ import pytest
 import bench.gpu as command
 from bench.gpu_process import Process
 from bench.gpu_profile import slope, write_profiles
+from bench.gpu_tables import decision, show
 from bench.shapes import RandomModel, make
 from services.simulator.profile import load_profile
 from services.workers import device as devices
@@ -184,7 +185,7 @@ def test_a_model_that_does_not_fit_is_an_entry_and_no_end(monkeypatch: pytest.Mo
     found = measured(monkeypatch, Full(0))
     assert found["error"] == "The model does not fit."
     assert "decode" not in found
-    command.show({"models": [found], "energy": "nvml", "together": {}})
+    show({"models": [found], "energy": "nvml", "together": {}})
 
 
 def result_of(*models: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def test_a_profile_of_a_gpu(
     assert tomllib.loads(text)["description"] == "NVIDIA X, 2026-01-01, without CUDA graphs"
     profile = load_profile(tmp_path / "x.toml")
     assert (profile.shared, profile.turns) == (True, False)
-    command.show(result)
+    show(result)
     printed = capsys.readouterr().out
     assert "refused" in printed
     assert "failed" in printed
@@ -239,10 +240,10 @@ def test_what_decides_on_processes_is_printed(saved: float, given_back: float, w
         "model_bytes": 2e9, "saved_bytes": saved * 2e9, "apart_load_s": 3.0, "one_load_s": 1.0, "close_s": 0.1,
         "close_gives_back": given_back,
     }  # fmt: skip
-    text = command.decision(found, "cuda")
+    text = decision(found, "cuda")
     assert ("worth building" in text) == worth
     assert ("one process a model stays" in text) != worth
-    assert "decides nothing on a CPU" in command.decision(found, "cpu")
+    assert "decides nothing on a CPU" in decision(found, "cpu")
 
 
 def test_too_short_a_context_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
