@@ -33,7 +33,7 @@ from bench.report import machine, print_machine, write_json
 from bench.shapes import SHAPES, make, slug
 from services.workers import device as devices
 from services.workers import gpu
-from shared.errors import CalmError
+from shared.errors import CalmError, DeviceUnavailable
 from shared.messages import Device
 from shared.models.manifest import artifact_name
 from shared.settings import Settings, format_bytes
@@ -281,7 +281,8 @@ def main(given: Sequence[str] | None = None) -> None:
         for path in write_profiles(result, arguments.profiles, name):
             say(f"wrote {path}")
     except CalmError as error:
-        sys.exit(f"{error.code}: {error}")
+        trying = " To try the bench: --device cpu --shape tiny." if isinstance(error, DeviceUnavailable) else ""
+        sys.exit(f"{error.code}: {error}{trying}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_without_a_cuda_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(DeviceUnavailable, match="NVML finds no such GPU"):
         command.run(command.arguments_of(QUICK))
-    with pytest.raises(SystemExit, match=r"device_unavailable: CUDA device 0 was asked for.*CALM_DEVICE=cpu"):
+    with pytest.raises(SystemExit, match=r"device_unavailable: CUDA device 0 was asked for.*--device cpu --shape tiny"):
         command.main(QUICK)
 
 
