@@ -103,6 +103,9 @@ class Settings:
     spare_engines: int = 1
     """Where engines are spawned: processes kept started but empty, so that a load need not wait for one; some 40 MB
     each."""
+    cuda_graphs: bool = False
+    """Engines on GPUs decode by CUDA graphs: one launch a step instead of one a kernel. Off until it has been measured
+    on a GPU (docs/gpu.md)."""
     power_idle_w: float = 10.0
     """Stated power of an idle host, for energy estimates where nothing can be measured."""
     power_core_w: float = 8.0
@@ -176,6 +179,8 @@ def _parse(variable: str, text: str, default: object) -> object:
             return parse_bytes(text)
         if isinstance(default, Path):
             return Path(text).expanduser().absolute()
+        if isinstance(default, bool):
+            return _yes(text)
         if isinstance(default, (int, float)):
             return type(default)(text)
     except ValueError as error:
@@ -184,6 +189,12 @@ def _parse(variable: str, text: str, default: object) -> object:
             f"Set it to something like {default}, or unset it.",
         ) from None
     return text
+
+
+def _yes(text: str) -> bool:
+    if text.strip().lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise ValueError("it is neither 1 nor 0")
+    return text.strip().lower() in ("1", "true", "yes", "on")
 
 
 def slug(text: str) -> str:

@@ -117,7 +117,7 @@ class Engine:
             store = ModelStore(settings.models_path)
             self._opened = open_model(
                 store.path(start.spec.model), store.get(start.spec.model), start.spec, start.device,
-                caches=settings.weights_paths,
+                caches=settings.weights_paths, cuda_graphs=settings.cuda_graphs, log=self._log,
             )  # fmt: skip
         batcher = start_batcher(self._opened, self.meter, gate=_gate(start))
         batcher.rehearse()

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.workers.engine.batcher import Batcher, Failed, Finished, Request
+from services.workers.engine.captured import CapturedRunner
 from services.workers.engine.energy import ModelMeter
 from services.workers.engine.joint import joined
 from services.workers.engine.runner import SharedKvRunner
@@ -47,10 +48,13 @@ def make(
     timer: Callable[[], float] | None = None,
     min_shared: int = 4,
     joint: bool = False,
+    captured: bool = False,
 ) -> Batcher:
     runner = SharedKvRunner(
         model[2], SLOTS + EXTRA, CONTEXT, CPU, on_device=on_device, joint=model[3] if joint else None
     )
+    if captured:
+        runner = CapturedRunner(model[2], SLOTS + EXTRA, CONTEXT, CPU)
     schedule = Schedule(
         SLOTS, compact=runner.compact, extra_rows=EXTRA, capacity_tokens=capacity, min_shared=min_shared
     )
@@ -97,7 +101,7 @@ turns = st.fixed_dictionaries({
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(turns, min_size=1, max_size=8),
-    st.sampled_from(["apart", "joint", "on a device"]),
+    st.sampled_from(["apart", "joint", "on a device", "captured"]),
     st.sampled_from([None, CONTEXT, 2 * CONTEXT]),
     st.integers(0, 2**16),
 )
@@ -106,7 +110,7 @@ def test_any_schedule_gives_the_tokens_of_a_solo_run(
 ) -> None:
     """Ragged lengths, late joins, prompts read in pieces of any size, in passes of their own or in one with decoding,
     shared and continued beginnings taken from the cache, priorities, cancellations, memory for one or for all, rows
-    moved on the host or on a device."""
+    moved on the host or on a device, decoding over buffers that stay where they are."""
     source = random.Random(seed)
     time_s = 0.0
 
@@ -115,7 +119,10 @@ def test_any_schedule_gives_the_tokens_of_a_solo_run(
         time_s += source.choice([0.0001, 0.001, 0.01])
         return time_s
 
-    batcher = make(model, on_device=way == "on a device", capacity=capacity, timer=timer, joint=way == "joint")
+    batcher = make(
+        model, on_device=way == "on a device", capacity=capacity, timer=timer, joint=way == "joint",
+        captured=way == "captured",
+    )  # fmt: skip
     prompts: dict[str, list[int]] = {}
     ended: dict[str, Finished] = {}
     waiting, cancelled, step, cached = list(enumerate(plan)), set(), 0, 0

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from structlog.testing import capture_logs
 
 from services.workers import device as devices
-from services.workers import pack
+from services.workers import engine_process, pack
 from services.workers.engine import cache, runner
 from services.workers.engine.batcher import Batcher, Finished, Request
+from services.workers.engine.captured import GRAPH_ID, CapturedRunner
 from services.workers.engine.energy import AttributedMeter
 from services.workers.engine.loader import ON_DEVICE, Opened, open_model, start
 from services.workers.engine.runner import SharedKvRunner
 from services.workers.engine_process import _gate
 from services.workers.protocol import Start
-from shared.errors import DeviceUnavailable
+from shared.errors import DeviceUnavailable, ModelMissing
 from shared.messages import ArtifactSpec, Device, Sampling
 from shared.models.gguf_import import import_gguf
 from shared.models.manifest import Manifest
@@ -52,11 +55,25 @@ class StandIn:
 
     def __init__(self) -> None:
         self.asked: list[list[Any]] = []
+        self.refuses = False
+        """To capture graphs."""
+        self.graphs: list[int] = []
+        """Of the runs of sessions that may capture."""
 
     def __call__(self, model: Any, options: Any = None, *, providers: list[Any]) -> Any:
         self.asked.append(providers)
         session = Session(model, options, providers=["CPUExecutionProvider"])
         session.get_providers = lambda: [p if isinstance(p, str) else p[0] for p in providers]
+        if any("enable_cuda_graph" in p[1] for p in providers if not isinstance(p, str)):
+            if self.refuses:
+                raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+            run = session.run_with_iobinding
+
+            def noted(binding: Any, options: ort.RunOptions) -> None:
+                self.graphs.append(int(options.get_run_config_entry(GRAPH_ID)))
+                run(binding, options)
+
+            session.run_with_iobinding = noted
         return session
 
 
@@ -113,6 +130,52 @@ def test_an_engine_on_a_gpu_answers_as_one_on_the_cpu(
     found = batcher._runner
     assert isinstance(found, SharedKvRunner)
     assert (found.compact, found.joins, found.verifies, batcher.free_slots) == (False, False, True, SLOTS)
+
+
+def test_an_engine_on_a_gpu_decodes_by_graphs_when_it_is_told_to(
+    model: tuple[Path, Manifest], sessions: StandIn
+) -> None:
+    """The same answers, and every decode step a graph of its number of rows."""
+    _, expected = answers(open_model(*model, spec(model, "fp16"), CPU, cuda_graphs=True))  # nothing to the CPU
+    assert not sessions.graphs
+    sessions.asked.clear()
+    opened = open_model(*model, spec(model, "fp16"), GPU, cuda_graphs=True)
+    batcher, got = answers(opened)
+    assert got == expected
+    ((first, given), _), *_ = sessions.asked
+    assert first == CUDA
+    assert given == {"device_id": "2", "arena_extend_strategy": "kSameAsRequested", "enable_cuda_graph": "1"}
+    assert isinstance(batcher._runner, CapturedRunner)
+    assert len(set(sessions.graphs) - {-1}) == 2  # one sequence alone, and two
+    assert sessions.graphs.count(-1) == 3  # each prompt, or what of it was not there yet
+
+
+def test_an_engine_that_may_not_capture_says_so_and_serves(model: tuple[Path, Manifest], sessions: StandIn) -> None:
+    _, expected = answers(open_model(*model, spec(model, "fp16"), CPU))
+    sessions.refuses = True
+    with capture_logs() as logs:
+        batcher, got = answers(open_model(*model, spec(model, "fp16"), GPU, cuda_graphs=True))
+    assert got == expected
+    assert not isinstance(batcher._runner, CapturedRunner)
+    assert [line["event"] for line in logs] == ["cuda_graphs_off"]
+    assert "cannot use the graph capture feature" in logs[0]["reason"]
+
+
+def test_the_setting_reaches_the_engine(model: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def opening(*_: Any, **more: Any) -> None:
+        told.update(more)
+        raise ModelMissing("enough", "")
+
+    monkeypatch.setattr(engine_process, "open_model", opening)
+    monkeypatch.setattr(engine_process, "ModelStore", lambda _path: MagicMock())
+    begin = Start(worker="w", spec=spec(model, "fp16"), device=GPU, power_w=1.0)
+    for on in (False, True):
+        engine = engine_process.Engine(Settings(cuda_graphs=on), begin)
+        with pytest.raises(ModelMissing, match="enough"):
+            engine._load(begin)
+        assert told["cuda_graphs"] is on
 
 
 def test_what_copies_rows_on_a_gpu_is_not_silently_on_the_cpu() -> None:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import psutil
 
 from services.workers.engine import joint, shared_weights
 from services.workers.engine.batcher import PREFILL_CHUNK, Batcher
+from services.workers.engine.captured import CapturedRunner, open_capturing
 from services.workers.engine.energy import Meter
 from services.workers.engine.gate import Gate
 from services.workers.engine.lora import AdaptedRunner, Stack, adapted
@@ -49,6 +51,9 @@ class Opened:
     """Most prompt tokens to read at once."""
     joint: ort.InferenceSession | None = None
     """Over the same weights, to read prompts in one pass with decoding; there where the weights are shared."""
+    captures: bool = False
+    """Decoding steps may be captured as CUDA graphs."""
+    log: Any = None
 
     @property
     def provider(self) -> str:
@@ -56,9 +61,17 @@ class Opened:
 
 
 def open_model(
-    folder: Path, manifest: Manifest, spec: ArtifactSpec, device: Device, *, caches: Sequence[Path] = ()
+    folder: Path,
+    manifest: Manifest,
+    spec: ArtifactSpec,
+    device: Device,
+    *,
+    caches: Sequence[Path] = (),
+    cuda_graphs: bool = False,
+    log: Any = None,
 ) -> Opened:
-    """Open the variant that `spec` names from the model's `folder`; engines on a CPU share what is in `caches`.
+    """Open the variant that `spec` names from the model's `folder`. Engines on a CPU share what is in `caches`; those
+    on a GPU decode by `cuda_graphs` where that can be, and say in `log` where it cannot.
 
     Raises:
         ModelMissing: the store has no such variant, or not an adapter of it.
@@ -75,11 +88,27 @@ def open_model(
     session = together = None
     if caches and graph is None and device.kind == "cpu":
         session, together = _shared(caches, spec.name, model, variant.weights_bytes, device)
+    captures = cuda_graphs and device.kind == "cuda" and variant.layout == "calm" and graph is None
+    if captures:
+        session = open_capturing(model, spec.context, device, log)
+        captures = session is not None
     session = session or open_session(model, device, device.threads, graph=graph)
     text = Text(folder, manifest.tokenizer)
     give_back()
     load_s, concat = time.perf_counter() - began, variant.layout == "concat"
-    return Opened(spec, device, session, concat, text, stack, load_s, piece(manifest.architecture, device), together)
+    return Opened(
+        spec,
+        device,
+        session,
+        concat,
+        text,
+        stack,
+        load_s,
+        piece(manifest.architecture, device),
+        together,
+        captures,
+        log,
+    )
 
 
 def variant_for(manifest: Manifest, name: str, device: Device) -> Variant:
@@ -136,6 +165,8 @@ def start(opened: Opened, meter: Meter, *, clock: Callable[[], float] = time.tim
         runner = AdaptedRunner(session, rows, spec.context, device, opened.stack)
     elif opened.concat:
         runner = ConcatRunner(session, rows)
+    elif opened.captures:
+        runner = CapturedRunner(session, rows, spec.context, device, log=opened.log)
     else:
         runner = SharedKvRunner(session, rows, spec.context, device, joint=opened.joint)
     schedule = None

@@ -135,6 +135,9 @@ class SharedKvRunner:
             arrays["position_ids"] = before[:, None] + np.arange(length, dtype=np.int64)[None, :]
         return arrays
 
+    def _run(self, binding: Any) -> None:
+        self._session.run_with_iobinding(binding)
+
     def prefill(self, row: int, tokens: list[int], start: int) -> Logits:
         ids = np.array([tokens], np.int64)
         arrays = self._inputs(ids, np.array([start], np.int64))
@@ -142,7 +145,7 @@ class SharedKvRunner:
         self._bind_cache(binding, row, 1)
         self._bind_step(binding, arrays)
         logits = self._bind_logits(binding, 1, len(tokens))
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         return np.asarray(logits[0, -1], dtype=np.float32)
 
     def verify(self, row: int, tokens: list[int], start: int) -> Logits:
@@ -155,7 +158,7 @@ class SharedKvRunner:
             self._verified[len(tokens)] = np.empty((1, len(tokens), self.vocab), self._logits_dtype)
         logits = self._verified[len(tokens)]
         binding.bind_output("logits", "cpu", 0, self._logits_dtype, list(logits.shape), logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         return np.asarray(logits[0], dtype=np.float32)
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Logits:
@@ -178,7 +181,7 @@ class SharedKvRunner:
             ids = np.array(tokens, np.int64)[:, None]
             arrays = self._inputs(ids, np.array(lengths, np.int64))  # bound by address: they must outlive the run
             self._bind_step(binding, arrays)
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         return np.asarray(logits[:, -1], dtype=np.float32)
 
     def join(

@@ -27,14 +27,15 @@ def open_session(
     graph: bytes | None = None,
     optimised: bool = False,
     save_to: Path | None = None,
+    cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
     """A session for `model` on `device` with `threads` intra-op threads; `graph` is run instead of what the file holds,
     with the weights that lie beside it. `save_to` also writes the optimised graph and its packed weights to a folder;
-    `optimised` says that the graph is such a one.
+    `optimised` says that the graph is such a one. `cuda_graphs`: its runs may be captured (`engine.captured`).
 
     Raises:
         DeviceUnavailable: CUDA was asked for and ONNX Runtime fell back to the CPU, which it does silently.
-        UnsupportedModel: ONNX Runtime cannot load the graph.
+        UnsupportedModel: ONNX Runtime cannot load the graph, or not for capturing.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = max(threads, 1)
@@ -60,7 +61,7 @@ def open_session(
     if device.kind == "cuda":
         with contextlib.suppress(AttributeError):  # finds CUDA and cuDNN among installed packages
             ort.preload_dlls()
-        providers = [("CUDAExecutionProvider", cuda_options(device)), "CPUExecutionProvider"]
+        providers = [("CUDAExecutionProvider", cuda_options(device, cuda_graphs=cuda_graphs)), "CPUExecutionProvider"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a missing provider: told as an error below
@@ -76,7 +77,8 @@ def open_session(
     return session
 
 
-def cuda_options(device: Device) -> dict[str, str]:
+def cuda_options(device: Device, *, cuda_graphs: bool = False) -> dict[str, str]:
     """The CUDA provider's options. Its arena grows by what is asked for: by default it doubles, and what it then takes
     beyond the need has been counted nowhere."""
-    return {"device_id": str(device.index), "arena_extend_strategy": "kSameAsRequested"}
+    options = {"device_id": str(device.index), "arena_extend_strategy": "kSameAsRequested"}
+    return options | {"enable_cuda_graph": "1"} if cuda_graphs else options
