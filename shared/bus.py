@@ -98,9 +98,8 @@ class Bus:
                 **options,
             )
         except (TimeoutError, OSError, nats.errors.Error) as error:
-            if (
-                nc._transport is not None
-            ):  # refused half way: the library leaves it open, and its `close` waits for ever
+            # Refused half way: the library leaves the connection open, and its `close` waits for ever.
+            if nc._transport is not None:
                 nc._transport.close()  # type: ignore[no-untyped-call]
             raise _unavailable(settings, error) from None
         if settings.encrypted and nc._server_info.get("tls_required") is not True:
