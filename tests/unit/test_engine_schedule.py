@@ -217,3 +217,43 @@ def test_reading_beside_running_streams_is_bounded_by_what_decoding_takes() -> N
     assert pace.chunk(pace.budget_s(0, contended=False)) == 250
     assert pace.chunk(pace.budget_s(0, contended=True)) == round(SHARED_S * 1000)
     assert pace.chunk(0.0) == LEAST
+
+
+def lone(schedule: Schedule, cache: Cache, name: str, prompt: list[int]) -> int:
+    """A sequence that comes alone, is read, decodes and ends: what it reused. Its step never runs a second row."""
+    schedule.add(name, prompt, reserve=len(prompt) + 4)
+    _, moves = schedule.next_prefill()
+    cache.apply(moves)
+    reused = schedule.reused[name]
+    row = schedule.row_of(name)
+    schedule.tokens(name).extend(prompt[reused:])
+    cache.rows[row] = list(prompt)
+    cache.apply(schedule.prefilled(name))
+    assert schedule.span == 1
+    cache.apply(schedule.remove(name))
+    return reused
+
+
+def test_on_a_gpu_a_sequence_alone_runs_one_row_whatever_other_rows_keep() -> None:
+    """Conversations take turns over rows that stay where they are: each is found again, wherever it was kept."""
+    schedule, cache = Schedule(8, compact=False), Cache(8)
+    talks = {name: list(range(100 * name, 100 * name + 40)) for name in range(1, 6)}
+    for turn in range(4):
+        for name, talk in talks.items():
+            talk += [1000 * name + 10 * turn + more for more in range(10)]
+            assert lone(schedule, cache, f"{name}-{turn}", talk) == (len(talk) - 10 if turn else 0)
+
+
+def test_on_a_gpu_who_comes_fills_the_gaps_below_the_last_row_that_is_taken() -> None:
+    """Of three running sequences the middle one ends: the next one takes its row, not a fourth."""
+    schedule = Schedule(8, compact=False)
+    for name in ("a", "b", "c"):
+        schedule.add(name, [ord(name)] * 20, reserve=30)
+        schedule.next_prefill()
+        schedule.tokens(name).extend([ord(name)] * 20)
+        schedule.prefilled(name)
+    schedule.remove("b")
+    schedule.add("d", [1] * 20, reserve=30)
+    schedule.next_prefill()
+    schedule.prefilled("d")
+    assert (schedule.row_of("d"), schedule.span) == (1, 3)

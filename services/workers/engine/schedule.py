@@ -12,8 +12,11 @@ whoever had it last, so that a prompt that begins like them need not be read aga
    a. A free row that the prompt continues to its end is taken over.
    b. Of any other the common tokens are copied.
    c. What the new sequence would overwrite is first moved to a free row of less worth, if there is one.
-4. Compact rows (CPUs, where each row of a step costs): decoding rows are 0..d-1. One that begins to decode changes
-   places with row d; when one ends, the last decoding one changes places with it.
+4. Compact rows (CPUs): decoding rows are 0..d-1. One that begins to decode changes places with row d; when one ends,
+   the last decoding one changes places with it.
+5. Otherwise (GPUs, where a sequence stays on its row) a step runs all rows up to the last decoding one, and those that
+   lie between attend to what they keep: so whoever comes gets a row below the last taken one, or else the lowest, and
+   a prefix that lies higher is copied down.
 """
 
 from __future__ import annotations
@@ -204,6 +207,18 @@ class Schedule:
         """Free rows, that of least worth first."""
         return sorted((i for i, row in enumerate(self.rows) if row.owner is None), key=self._worth)
 
+    @property
+    def _top(self) -> int:
+        """Rows up to the last one that is taken."""
+        return max((i + 1 for i, row in enumerate(self.rows) if row.owner is not None), default=0)
+
+    def _low(self, free: list[int], source: int | None) -> int:
+        """A free row that makes steps no longer than they are, of least worth; else the lowest; rather not `source`."""
+        top = self._top
+        within = [i for i in free if i < top and i != source]
+        others = [i for i in free if i != source]
+        return within[0] if within else min(others, default=free[0])
+
     def _worth(self, index: int) -> tuple[bool, int]:
         row = self.rows[index]
         return (len(row.tokens) >= self._min_shared, row.used)
@@ -230,8 +245,8 @@ class Schedule:
         """Choose a row, bring what can be reused into it, and save what would be lost."""
         source, shared = self._best_source(entry.prompt)
         free = self._free_rows()
-        # Compact: the free row that decoding will want next. Else that of least worth, rather not the source itself.
-        target = min(free) if self._compact else next((i for i in free if i != source), free[0])
+        # Compact: the free row that decoding will want next.
+        target = min(free) if self._compact else self._low(free, source)
         content = self.rows[source] if source is not None else Row()
         tight = self._capacity is not None
         taken_over = content.owner is None and source is not None and (
@@ -239,7 +254,10 @@ class Schedule:
         )  # fmt: skip
         if taken_over and not self._compact:
             assert source is not None
-            target = source
+            if tight or source <= target or source < self._top:
+                target = source
+            else:  # what it keeps is copied down, and goes on there
+                taken_over = False
         replaced = source if taken_over and source is not None else target
         reserve = self._whole(entry.reserve)
         moves: list[Move] = self._make_room(reserve, replaced) if tight else []
@@ -254,7 +272,10 @@ class Schedule:
             moves += self._save(target, 0, source, reserve)
             moves.append(Copy(source, target, shared))
             self.rows[target].tokens = content.tokens[:shared]
-            self._touch(content)
+            if content.owner is None and len(content.tokens) - shared < self._min_shared and not self._compact:
+                content.tokens = []
+            else:
+                self._touch(content)
         if tight and max(before, len(self.rows[target].tokens)) > reserve:
             moves.append(Release(target, reserve))
         del self.rows[target].tokens[shared:]
