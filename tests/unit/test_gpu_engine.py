@@ -123,7 +123,8 @@ def test_an_engine_on_a_gpu_answers_as_one_on_the_cpu(
     batcher, got = answers(opened)
     assert got == expected
     asked_of_cuda = [(CUDA, {"device_id": "2", "arena_extend_strategy": "kSameAsRequested"}), "CPUExecutionProvider"]
-    assert sessions.asked == [asked_of_cuda, ["CPUExecutionProvider"]]  # the second copies rows of the host's memory
+    own = ["CPUExecutionProvider"]  # of the two that make and copy rows, of the host's memory here
+    assert sessions.asked == [asked_of_cuda, own, own]
     assert (opened.provider, opened.joint, opened.piece) == (CUDA, None, ON_DEVICE)
     assert not (tmp_path / "packed").exists()
     assert OnTheHost.asked == [GPU]

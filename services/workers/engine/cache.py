@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from services.workers.engine.schedule import Copy, Move, Release, Swap
+from services.workers.engine.session import cuda_options
 from shared.errors import DeviceUnavailable
 from shared.messages import Device
 
@@ -85,7 +86,7 @@ class HostCache:
 
 
 class DeviceCache:
-    """In memory that only the device touches: allocated once, copied by a graph of one Identity."""
+    """In memory that only the device touches: allocated once and copied by graphs of one operator."""
 
     def __init__(
         self, names: list[str], rows: int, shapes: list[Shape], dtype: type[np.generic], device: Device
@@ -94,11 +95,17 @@ class DeviceCache:
         self.granule = max(shape[1] for shape in shapes)
         self._dtype = dtype
         self._shapes = dict(zip(names, shapes, strict=True))
+        self._maker, self._copier = _maker(dtype, device), _copier(dtype, device)
         self._buffers = {name: self._allocate((rows, *shape)) for name, shape in self._shapes.items()}
-        self._copier = _copier(dtype, device)
 
     def _allocate(self, shape: tuple[int, ...]) -> Any:
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), self._dtype, *self.where)
+        """Zeros, in memory of a session that takes what it is asked for (`cuda_options`): an `OrtValue` that is made
+        without one lies in an arena of its own, which grows by powers of two."""
+        binding = self._maker.io_binding()
+        binding.bind_cpu_input("shape", np.array(shape, np.int64))
+        binding.bind_output("y", *self.where)
+        self._maker.run_with_iobinding(binding)
+        return binding.get_outputs()[0]
 
     def shape(self, name: str) -> Shape:
         return self._shapes[name]
@@ -125,13 +132,29 @@ class DeviceCache:
 
 
 def _copier(dtype: type[np.generic], device: Device) -> ort.InferenceSession:
-    from onnx import TensorProto, helper  # noqa: PLC0415 20 MB of memory, for devices alone
+    return _session("Identity", "x", dtype, dtype, device)
 
-    kind = TensorProto.FLOAT16 if dtype is np.float16 else TensorProto.FLOAT
-    x, y = (helper.make_tensor_value_info(name, kind, ["n"]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", [x], [y])
+
+def _maker(dtype: type[np.generic], device: Device) -> ort.InferenceSession:
+    return _session("ConstantOfShape", "shape", np.int64, dtype, device, value=np.zeros(1, dtype))
+
+
+def _session(
+    op: str, name: str, takes: type[np.generic], gives: type[np.generic], device: Device, **attributes: NDArray[Any]
+) -> ort.InferenceSession:
+    """A graph of one operator, from the vector `name` to `y`.
+
+    Raises:
+        DeviceUnavailable: CUDA was asked for, and ONNX Runtime fell back to the CPU.
+    """
+    from onnx import helper, numpy_helper  # noqa: PLC0415 20 MB of memory, for devices alone
+
+    kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in (takes, gives)]
+    x, y = helper.make_tensor_value_info(name, kinds[0], ["n"]), helper.make_tensor_value_info("y", kinds[1], None)
+    tensors = {key: numpy_helper.from_array(value) for key, value in attributes.items()}
+    graph = helper.make_graph([helper.make_node(op, [name], ["y"], **tensors)], op, [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    provider: Any = ("CUDAExecutionProvider", {"device_id": str(device.index)})
+    provider: Any = ("CUDAExecutionProvider", cuda_options(device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a missing provider: told as an error below
         session = ort.InferenceSession(
@@ -140,7 +163,7 @@ def _copier(dtype: type[np.generic], device: Device) -> ort.InferenceSession:
         )
     if device.kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise DeviceUnavailable(
-            f"CUDA device {device.index} was asked for, and ONNX Runtime copies rows on the CPU.",
+            f"CUDA device {device.index} was asked for, and ONNX Runtime would keep the KV cache on the CPU.",
             "Install the [gpu] extra with matching CUDA libraries, or set CALM_DEVICE=cpu.",
         )
     return session
