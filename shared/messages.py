@@ -661,6 +661,8 @@ class WorkerState(_Internal, frozen=True, kw_only=True, tag="worker_state.v1"):
     engines: list[EngineState] = []
     standby: list[str] = []
     """Artifacts that are not resident, but loaded in host memory: resident again in milliseconds."""
+    lacks: list[str] = []
+    """Artifacts of the fleet that cannot be loaded here, since they are not in this worker's model store."""
     draining: bool = False
     started_at: float = 0.0
     at: float = 0.0

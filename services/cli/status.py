@@ -111,6 +111,8 @@ def render(s: Snapshot) -> str:
                 f"    {e.artifact:28} {e.state:9} {e.active}/{e.slots} slots,"
                 f" {format_bytes(e.footprint_bytes)} (measured {format_bytes(e.measured_bytes)}){speed}"
             )
+        if w.lacks:
+            lines.append(f"    lacks in its store (calm models pull): {', '.join(w.lacks)}")
     if not s.workers:
         lines.append("  none is registered")
     if s.control is not None:

@@ -17,7 +17,7 @@ import nats.errors
 import structlog
 from nats.aio.msg import Msg
 
-from services.workers import cradle, sole
+from services.workers import cradle, sole, stock
 from services.workers import device as devices
 from services.workers.children import Child
 from services.workers.energy_keeper import EnergyKeeper, Running
@@ -28,6 +28,7 @@ from shared import codec, subjects, tasks
 from shared import messages as m
 from shared.errors import CalmError, OperationTimeout, Overloaded
 from shared.lease import Lease
+from shared.models.store import ModelStore
 from shared.runtime import Context
 from shared.settings import slug
 from shared.views import ModelsView
@@ -66,7 +67,9 @@ class Worker:
         self._clock = context.clock
         self._settings = context.settings
         self.name = slug(context.settings.worker_id or context.settings.name)
-        self._models = ModelsView(self._bus)
+        self._looking = asyncio.Event()
+        """The fleet has changed: the store is to be looked at."""
+        self._models = ModelsView(self._bus, self._looking.set)
         self._device: m.Device
         self._claim: Lease | None = None
         self._ledger: Ledger
@@ -77,9 +80,11 @@ class Worker:
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._lacks: list[str] = []
         self._stopping = False
         self._started_at = self._clock()
         self._register: asyncio.Task[None] | None = None
+        self._stocktaking: asyncio.Task[None] | None = None
         context.health.in_flight = lambda: sum(e.state.active for e in self._engines.values())
         context.health.detail = lambda: ", ".join(f"{a} {e.state.state}" for a, e in sorted(self._engines.items()))
 
@@ -104,6 +109,8 @@ class Worker:
         self._energy.start()
         self._log.info("energy", source=self._energy.source)
         self._bus.on_reconnect(self._changed.set)
+        await self._take_stock()
+        self._stocktaking = asyncio.create_task(self._keep_stock())
         self._register = asyncio.create_task(self._keep_registered())
         self._reserve.fill()
 
@@ -121,7 +128,7 @@ class Worker:
         children = [e.child for e in self._engines.values() if e.child is not None]
         await asyncio.gather(*(child.drain(self._settings.drain_s) for child in children), self._reserve.close())
         await self._energy.stop()
-        await tasks.end([register])
+        await tasks.end([register, self._stocktaking])
         key = subjects.kv(subjects.BUCKET_FLEET, subjects.fleet_key(self.name))
         with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self._bus.nc.request(key, b"", timeout=1, headers={"KV-Operation": "DEL"})
@@ -145,11 +152,32 @@ class Worker:
             budget_bytes=self._ledger.budget_bytes,
             engines=[e.state for _, e in sorted(self._engines.items())],
             standby=self._reserve.standbys,
+            lacks=self._lacks,
             draining=self._stopping,
             started_at=self._started_at,
             at=self._clock(),
             version=_version(),
         )
+
+    async def _take_stock(self) -> None:
+        """See what of the fleet the model store lacks."""
+        specs = {card.artifact.name: card.artifact for card in self._models.cards.values()}
+        store = ModelStore(self._settings.models_path)
+        lacks = await asyncio.to_thread(stock.lacking, store, specs.values(), self._device)
+        if lacks != self._lacks:
+            say = self._log.warning if lacks else self._log.info
+            say("store_lacks", artifacts=lacks, store=str(store.root))
+            self._lacks = lacks
+            self._changed.set()
+
+    async def _keep_stock(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(stock.AGAIN_S if self._lacks else stock.SELDOM_S):
+                    await self._looking.wait()
+                    await asyncio.sleep(0.02)  # a fleet comes card by card
+            self._looking.clear()
+            await self._take_stock()
 
     async def _publish(self) -> None:
         with contextlib.suppress(nats.errors.Error):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.workers.engine.loader import open_model, piece, variant_for
+from services.workers.engine.loader import open_model, piece
+from services.workers.variants import variant_for
 from shared.errors import UnsupportedModel
 from shared.messages import Device
 from shared.models.manifest import Architecture, Manifest, Variant

@@ -189,6 +189,16 @@ def test_commands_under_way_are_not_given_again() -> None:
     assert _plan([worker(budget=500 * 10**6)], demand, pending=pending).actions == ()
 
 
+def test_nothing_is_loaded_where_the_store_lacks_it() -> None:
+    """Neither for those who wait nor at a warm start; what stands in the way is said."""
+    demand = {A.name: Demand(waiting=1, waiting_since=NOW)}
+    poor = worker("w1", lacks=[A.name], started_at=NOW)
+    plan = _plan([poor], demand)
+    assert not [action for action in plan.actions if action.artifact == A.name]
+    assert "calm models pull" in plan.blocked[A.name]
+    assert ("load", "w2", A.name, "demand") in _what(_plan([poor, worker("w2", budget=GB // 2)], demand))
+
+
 def test_a_failed_load_is_held_back() -> None:
     """The same load on the same worker is not tried again while it is held back; another worker may."""
     demand = {A.name: Demand(waiting=1, waiting_since=NOW)}

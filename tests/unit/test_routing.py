@@ -40,6 +40,21 @@ def test_likeness_to_a_card_decides_between_equals() -> None:
     assert routing.decide(analyzed(affinity={"one": 0.2, "two": 0.6}), state, 0.0).order[0] == "two"
 
 
+def test_what_no_worker_has_in_store_is_no_candidate_and_says_so() -> None:
+    """A worker that lacks a model is not asked to load it; where all lack it the refusal says what to run."""
+    here, away = spec("here-int8"), spec("away-int8")
+    cards = (card("here", here, quality=0.2), card("away", away, quality=0.9))
+    poor = worker("poor", lacks=["away-int8"])
+    route = routing.decide(analyzed(), _state(*cards, workers=[poor]), 0.0)
+    assert route.order == ["here"]
+    assert _excluded(route)["away"] == "not_in_store"
+    assert routing.decide(analyzed(), _state(*cards, workers=[poor, worker("rich")]), 0.0).order[0] == "away"
+    asked = analyzed(m.Query(prompt="x", model="away"))
+    state = _state(*cards, workers=[poor])
+    refused = explaining.refusal(routing.decide(asked, state, 0.0), asked, state.cards)
+    assert "calm models pull" in refused.remedy
+
+
 def test_a_resident_model_beats_an_equal_one_that_must_load() -> None:
     """Load time and energy count: equal quality goes to the model that is resident."""
     here, away = spec("here-int8"), spec("away-int8")

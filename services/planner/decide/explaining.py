@@ -74,6 +74,8 @@ def _offer(route: m.Route) -> str:
     near = [c for c in route.candidates if c.excluded in _LIMITS]
     if not near and any(c.excluded == "does_not_fit" for c in route.candidates):
         return "No worker has memory enough for it: raise CALM_WORKER_MEMORY, or lower `slots` or `context`."
+    if not near and any(c.excluded == "not_in_store" for c in route.candidates):
+        return "No worker has it in its model store: run `calm models pull` where workers run."
     if not near:
         return "Loosen `model`, `constraints.models`, `constraints.exclude` or `constraints.tags`."
     best = max(near, key=lambda c: c.utility)

@@ -75,6 +75,7 @@ def plan(
         for room in rooms
         for engine in room.state.engines
     }
+    held_back |= {(worker.worker, artifact) for worker in workers for artifact in worker.lacks}
     actions: list[Action] = []
     blocked: dict[str, str] = {}
     context = Pass(rooms, specs, pinned, demand, values, held_back, policy, now, load_s, forecast, losses)

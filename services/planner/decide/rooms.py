@@ -249,6 +249,8 @@ class Pass:
     def _obstacle(self, spec: m.ArtifactSpec) -> str:
         if not any(room.state.budget_bytes >= spec.footprint_bytes for room in self.rooms):
             return "no worker has this much memory"
+        if all(spec.name in room.state.lacks for room in self.rooms):
+            return "no worker has it in its model store: run `calm models pull` where workers run"
         if any((room.state.worker, spec.name) in self.held_back for room in self.rooms):
             return "its last load failed; waiting before the next attempt"
         return "all that could leave is busy, pinned or newly loaded"

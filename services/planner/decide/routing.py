@@ -199,13 +199,13 @@ def _candidates(
 def _outside(query: m.Query, standing: Standing, tokens_in: scoring.Array) -> list[str | None]:
     """1 to 3: why a card cannot be considered at all."""
     short = (tokens_in + 1 > standing.context).tolist()
-    fits = standing.fits_somewhere.tolist()
+    roomy, fits = standing.roomy_somewhere.tolist(), standing.fits_somewhere.tolist()
     limits = query.constraints
     anything = query.model is None and limits.models is None and not limits.exclude and not limits.tags
     return [
         (None if anything else _not_allowed(card, query))
         or ("context_exceeded" if short[k] else None)
-        or (None if fits[k] else "does_not_fit")
+        or (None if fits[k] else "not_in_store" if roomy[k] else "does_not_fit")
         for k, card in enumerate(standing.cards)
     ]
 

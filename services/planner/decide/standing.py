@@ -41,10 +41,14 @@ class Standing:
         )
         budgets = np.array([w.budget_bytes for w in workers], np.float64)
         footprint = np.array([spec.footprint_bytes for spec in self.specs], np.float64)
-        fits = np.less_equal.outer(footprint, budgets)
-        self.fits_somewhere = (
-            np.asarray(fits.any(axis=1))[self.artifact_of] if len(workers) else np.zeros(len(cards), bool)
+        roomy = np.less_equal.outer(footprint, budgets)
+        here = np.array([[name not in w.lacks for w in workers] for name in specs], bool).reshape(roomy.shape)
+        fits = roomy & here
+        self.roomy_somewhere, self.fits_somewhere = (
+            np.asarray(each.any(axis=1))[self.artifact_of] if len(workers) else np.zeros(len(cards), bool)
+            for each in (roomy, fits)
         )
+        """By card: some worker has memory enough; and its model in store as well."""
         at_once = [min((s.at_once(w.device) for w in workers), default=s.slots) for s in self.specs]
         self.fleet = Fleet(
             tuple(specs), self.workers, self._costs(workers, qos), at_once, fits,
@@ -141,7 +145,9 @@ class Standings:
 
     def of(self, cards: Mapping[str, m.Card], workers: Sequence[m.WorkerState], qos: m.Qos) -> Standing:
         """The arrays for these; built when something of them is new."""
-        fleet = tuple((w.worker, w.budget_bytes, w.device.kind, w.device.name, w.device.threads) for w in workers)
+        fleet = tuple(
+            (w.worker, w.budget_bytes, w.device.kind, w.device.name, w.device.threads, *w.lacks) for w in workers
+        )
         key = (tuple(map(id, cards.values())), fleet, id(qos))
         if self._standing is None or key != self._key:
             ordered = sorted(cards.values(), key=_by_name)
