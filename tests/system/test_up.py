@@ -75,8 +75,8 @@ class Up:
 async def _up(home: Path, models: Path, *options: str) -> AsyncIterator[Up]:
     environment = _environment(home, models)
     process = await asyncio.create_subprocess_exec(
-        *CALM, "up", "--port", "0", *options, env=environment, cwd=ROOT, start_new_session=True,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        *CALM, "up", "--port", "0", "--http", "127.0.0.1:0", *options, env=environment, cwd=ROOT,
+        start_new_session=True, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     up = Up(process, environment)
     try:
