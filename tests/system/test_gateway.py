@@ -141,7 +141,9 @@ async def test_models_and_metrics_tell_of_the_fleet(system: System, http: Client
         async with http.get("/metrics") as response:
             assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             text = await response.text()
-        return text if "calm_energy_joules_total{" in text and 'calm_queries_total{state="answered"} 1' in text else None
+        return (
+            text if "calm_energy_joules_total{" in text and 'calm_queries_total{state="answered"} 1' in text else None
+        )
 
     text = await until(told)
     assert f'calm_http_requests_total{{route="{CHAT}",status="200"}} 1' in text
@@ -365,4 +367,3 @@ async def test_a_port_in_use_is_told_with_what_to_change(system: System) -> None
             async with running("gateway", system.settings, system.bus, CALM_HTTP=taken):
                 pass
         assert gateway.process.returncode is None
-
