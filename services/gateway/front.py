@@ -16,6 +16,7 @@ from services.gateway.decide.problem import Problem
 from services.gateway.metrics import Metrics
 from shared import messages as m
 from shared.errors import CalmError, Unauthorized
+from shared.runtime import Health
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -34,8 +35,11 @@ _EXPOSED = "x-request-id, x-calm-model, retry-after"
 class Front:
     """The middleware of all routes."""
 
-    def __init__(self, metrics: Metrics, log: Any, *, known_keys: frozenset[bytes], origins: frozenset[str]) -> None:
+    def __init__(
+        self, metrics: Metrics, health: Health, log: Any, *, known_keys: frozenset[bytes], origins: frozenset[str]
+    ) -> None:
         self._metrics = metrics
+        self._health = health
         self._log = log
         self._keys = known_keys
         self._origins = origins
@@ -60,6 +64,8 @@ class Front:
         finally:
             self._metrics.in_flight -= 1
             if status:
+                self._health.handled += status < 500
+                self._health.failed += status >= 500
                 self._metrics.requests.add(route, str(status))
                 self._metrics.seconds.add(route, time.perf_counter() - began)
             self._log.debug("request", method=request.method, path=request.path, status=status,

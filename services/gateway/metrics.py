@@ -97,7 +97,8 @@ def _qos(qos: m.Qos) -> Iterator[Family]:
         ("energy_j_mean", "Mean energy of recent answers."),
         ("feedback_mean", "Mean score of recent feedback."),
     ):
-        values: dict[Labels, float] = {(("card", card.card),): float(getattr(card, name)) for card in qos.cards}
+        cards = [card for card in qos.cards if name != "feedback_mean" or card.feedback_count]
+        values: dict[Labels, float] = {(("card", card.card),): float(getattr(card, name)) for card in cards}
         unit = name.replace("_s", "_seconds") if name.endswith("_s") else name.replace("energy_j", "energy_joules")
         yield gauge(f"calm_card_{unit}", text, values)
 

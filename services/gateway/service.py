@@ -39,7 +39,7 @@ class Gateway:
         self._completions = Completions(self._asking, self._fleet, self._metrics, context.log)
         self._keys = known_keys(settings)
         origins = frozenset(one.strip() for one in settings.http_origins.split(",") if one.strip())
-        self._front = Front(self._metrics, context.log, known_keys=self._keys, origins=origins)
+        self._front = Front(self._metrics, context.health, context.log, known_keys=self._keys, origins=origins)
         self._runner = web.AppRunner(
             self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORD_S
         )
