@@ -16,7 +16,7 @@ from services.gateway.front import REQUEST_ID, Front, json_response, read_json
 from services.gateway.metrics import Metrics
 from shared import listening
 from shared import messages as m
-from shared.errors import InvalidQuery, SettingsInvalid
+from shared.errors import InvalidQuery, NotReady, SettingsInvalid
 from shared.runtime import Context
 from shared.settings import Settings
 
@@ -99,6 +99,8 @@ class Gateway:
         for entry in response.models(self._fleet.cards.values()):
             if entry["id"] == name:
                 return json_response(entry)
+        if not self._fleet.cards:
+            raise NotReady("The fleet's models are not known yet.", "Ask again in a moment.")
         raise unknown_model(name, self._fleet.cards)
 
     async def _feedback(self, request: web.Request) -> web.Response:
