@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import nats
@@ -31,8 +32,9 @@ from shared.runtime import run_loop
 DESCRIPTION = {
     "whole": "one answer of one token, until it is there",
     "first": "a stream, until its first text",
-    "end": "the same stream of 16 tokens, until its end",
+    "end": "the same stream of 6 tokens, until its end",
 }
+STREAM_TOKENS = 6
 WARM_UP = 20
 Ask = Callable[[str, bool], Awaitable[tuple[float, float]]]
 """From a prompt, and whether to stream: seconds to the first text and to the end."""
@@ -61,7 +63,7 @@ class OverNats:
         replies = self._waiting[token] = asyncio.Queue()
         query: dict[str, Any] = {
             "messages": [{"role": "user", "content": prompt}], "model": self._model, "stream": stream,
-            "max_tokens": 16 if stream else 1,
+            "max_tokens": STREAM_TOKENS if stream else 1,
         }  # fmt: skip
         if self._named:
             query["id"] = uuid.uuid4().hex
@@ -87,7 +89,7 @@ class OverHttp:
     async def ask(self, prompt: str, stream: bool) -> tuple[float, float]:
         query = {
             "messages": [{"role": "user", "content": prompt}], "model": self._model, "stream": stream,
-            "max_tokens": 16 if stream else 1,
+            "max_tokens": STREAM_TOKENS if stream else 1,
         }  # fmt: skip
         began, first = time.perf_counter(), 0.0
         async with self._http.post("/v1/chat/completions", json=query) as response:
@@ -157,20 +159,25 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         taken = await turns(asks, arguments.rounds)
     figures = {way: {name: percentiles(values) for name, values in of.items()} for way, of in taken.items()}
-    return {"benchmark": "http", "machine": machine(), "rounds": arguments.rounds, "figures": figures}
+    added = {way: {name: _added(of[name], taken["NATS"][name]) for name in of} for way, of in taken.items()}
+    return {"benchmark": "http", "machine": machine(), "rounds": arguments.rounds, "figures": figures, "added": added}
+
+
+def _added(values: list[float], base: list[float]) -> list[float]:
+    """Quartiles of what each round took longer than the same round over NATS."""
+    return quantiles((value - other for value, other in zip(values, base, strict=True)), n=4)
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the result as a table, in milliseconds."""
     print_machine(result["machine"])
-    figures, rows = result["figures"], []
+    rows = []
     for name, text in DESCRIPTION.items():
-        base = figures["NATS"][name]
-        for way in figures:
-            of = figures[way][name]
-            added = ["", ""] if way == "NATS" else [1e3 * (of[p] - base[p]) for p in ("p50", "p95")]
-            rows.append([f"{text}: {way}", 1e3 * of["p50"], 1e3 * of["p95"], *added])
-    columns = ("ms, one query at a time", "p50", "p95", "added p50", "added p95")
+        for way, of in result["figures"].items():
+            low, middle, high = (1e3 * value for value in result["added"][way][name])
+            added = ["", ""] if way == "NATS" else [middle, f"{low:.2f} to {high:.2f}"]
+            rows.append([f"{text}: {way}", 1e3 * of[name]["p50"], 1e3 * of[name]["p95"], *added])
+    columns = ("ms, one query at a time", "p50", "p95", "added, median of rounds", "quartiles")
     print_table(f"{result['rounds']} rounds", columns, rows)
 
 

@@ -139,7 +139,7 @@ async def test_a_newcomer_s_first_quarter_of_an_hour(tmp_path: Path, models: Pat
 
     async with _up(tmp_path, models) as again:
         status = await again.run(*CALM, "status")
-        # Before the stop: two by the command line, three by the examples over NATS, of which one was bad, and one by HTTP.
+        # Before the stop: two by the command line, three by the examples over NATS, of which one failed, one by HTTP.
         assert "6 accepted, 5 answered, 1 failed" in status
         again.process.kill()
         await again.process.wait()
@@ -155,10 +155,11 @@ async def test_without_a_gateway_or_with_its_port_in_use_everything_else_runs(tm
             told = "\n".join(up.lines)
             assert f"cannot listen on {address}: another program listens there" in told
             assert "calm up --http" in told
-            assert "gateway" not in await up.run(*CALM, "status")
+            assert "\n  gateway " not in await up.run(*CALM, "status")
             await up.interrupt()
     async with _up(tmp_path, models, "--no-http") as up:
-        assert "gateway" not in "\n".join(up.lines)
+        assert not any(line.startswith("gateway ") for line in up.lines)
+        assert "/v1" not in up.lines[-1]
         await up.interrupt()
 
 
