@@ -51,6 +51,7 @@ class Fleet:
         self._beats: dict[tuple[str, str], tuple[float, m.Heartbeat]] = {}
         self._asked = asyncio.Lock()
         self._latest = Snapshot()
+        self._recent: tuple[float, list[m.QueryRecord]] = (0.0, [])
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.health("*"), self._on_beat)
@@ -101,6 +102,16 @@ class Fleet:
             cards=[self.cards[name] for name in sorted(self.cards)],
             queues=latest.queues, counts=latest.counts, qos=latest.qos, energy=latest.energy, at=latest.at,
         )  # fmt: skip
+
+    async def recent(self) -> list[m.QueryRecord]:
+        """The latest queries, newest first, at most `FRESH_S` old; empty when nobody tells."""
+        async with self._asked:
+            at, records = self._recent
+            if time.time() - at > FRESH_S:
+                found = await self._knowledge("recent", m.QueryRecords)
+                records = found.records if found is not None else []
+                self._recent = (time.time(), records)
+        return records
 
     async def record(self, verb: str, kind: type[T], **request: Any) -> T:
         """Ask the knowledge base.

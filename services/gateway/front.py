@@ -22,7 +22,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 BODY_S = 30.0
 """A request's body must have arrived within this time."""
-OPEN = frozenset({"/", "/health", "/ready"})
+OPEN = frozenset({"/", "/board.css", "/board.js", "/health", "/ready"})
 """Paths that ask for no key: they tell nothing of queries or the fleet."""
 
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from services.gateway.asking import Asking
 from services.gateway.completions import Completions
+from services.gateway.dashboard import Dashboard
 from services.gateway.decide import keys, response
 from services.gateway.decide.request import unknown_model
 from services.gateway.fleet import Fleet
@@ -62,6 +63,7 @@ class Gateway:
             web.get("/health", self._health),
             web.get("/ready", self._ready),
             web.get("/metrics", self._render_metrics),
+            *Dashboard(self._fleet).routes(),
         ])  # fmt: skip
         return app
 

@@ -156,6 +156,40 @@ async def test_models_and_metrics_tell_of_the_fleet(system: System, http: Client
         assert re.fullmatch(r'# (HELP|TYPE) .+|[a-z0-9_]+(\{([a-z]+="[^"]*",?)+\})? [-+0-9.e]+', line), line
 
 
+async def test_the_dashboard_is_a_page_that_asks_nobody_else_for_anything(system: System, http: ClientSession) -> None:
+    """The page and its two files, allowed to speak to this gateway alone; the fleet, and a decision with all of its
+    candidates, as JSON without the words of query and answer."""
+    await system.add_worker("w1")
+    await ready(http)
+    async with http.get("/") as response:
+        assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+        page = await response.text()
+    files = re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page)
+    assert sorted(files) == ["board.css", "board.js"]
+    for file in files:
+        async with http.get(f"/{file}") as response:
+            assert response.status == 200
+            assert "http" + "s:" not in await response.text()
+    _, answer = await web.chat(http, "SECRET", model="other", max_tokens=5)
+    await ended(system, answer["id"])
+
+    async def shown() -> dict[str, Any] | None:
+        async with http.get("/v1/fleet") as response:
+            fleet: dict[str, Any] = await response.json()
+        done = fleet["decisions"] and fleet["decisions"][0]["state"] == "answered" and fleet["services"]
+        return fleet if done else None
+
+    fleet = await until(shown)
+    assert (fleet["missing"], fleet["decisions"][0]["model"]) == ("", "other")
+    assert [engine["state"] for worker in fleet["workers"] for engine in worker["engines"]].count("ready") >= 1
+    async with http.get(f"/v1/queries/{answer['id']}") as response:
+        explained = await response.json()
+    assert {candidate["card"] for candidate in explained["candidates"]} == {"plain", "other", "third"}
+    assert "SECRET" not in str(fleet) + str(explained)
+    async with http.get("/v1/queries/nobody") as response:
+        assert response.status == 404
+
+
 async def test_errors_have_the_status_and_shape_that_openai_s_clients_know(system: System, http: ClientSession) -> None:
     """Each kind of bad request is refused with its own status, our code, the parameter meant, and what to change."""
     await system.add_worker("w1")

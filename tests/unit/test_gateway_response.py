@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.decide import keys, problem, prometheus, response
+from services.gateway.decide import board, keys, problem, prometheus, response
 from services.gateway.decide.request import Asked
 from services.gateway.fleet import Snapshot
 from services.gateway.metrics import Metrics
@@ -227,3 +227,64 @@ def test_the_fleet_s_figures_stand_in_the_metrics() -> None:
         assert line in lines, line
     named = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(named) == len(set(named))
+
+
+def _record(**more: Any) -> m.QueryRecord:
+    return m.QueryRecord(
+        query_id="q1", received_at=5.0, query=m.Query(prompt="SECRET"), **{"state": "answered", **more}
+    )  # fmt: skip
+
+
+def test_the_dashboard_shows_the_fleet_and_no_words_of_its_users() -> None:
+    """Workers with their models, all cards, joules by account, decisions; neither questions nor answers."""
+    done = m.Done(query_id="q1", answer=answer("SECRET"))
+    failed = m.Done(query_id="q1", failure=m.Failure(code="engine_failed", message="x"))
+    ledger = m.EnergyReport(worker="w1", source="model", total_j=9.0, idle_j=3.0)
+    shown = board.fleet(
+        missing="",
+        services=[m.Heartbeat(service="planner", instance="p", state="ready")],
+        workers=[samples.worker(engines=[samples.engine(samples.spec(), tpot_s=0.01)])],
+        cards=[samples.card("small"), samples.card("idle")],
+        queues={"a-int8": 2},
+        counts=m.Counts(by_card={"small": 4}),
+        qos=m.Qos(cards=[m.CardQos(card="small", answered=4)]),
+        energy=m.EnergyReports(workers=[ledger]),
+        recent=[
+            _record(done=done, feedback=[m.Feedback(query_id="q1", score=0.5)]),
+            _record(state="failed", done=failed),
+            _record(state="accepted"),
+        ],
+        at=7.0,
+    )
+    assert "SECRET" not in json.dumps(shown)
+    assert shown["workers"][0]["engines"][0]["tokens_per_s"] == pytest.approx(100.0)
+    assert [(one["card"], one["answered_in_all"]) for one in shown["models"]] == [("idle", 0), ("small", 4)]
+    answered, lost, waiting = shown["decisions"]
+    assert (answered["model"], answered["why"], answered["energy_j"], answered["feedback"]) == (
+        "small",
+        "Best.",
+        1.5,
+        [0.5],
+    )
+    assert (lost["error"], lost["latency_s"]) == ("engine_failed", None)
+    assert (waiting["state"], waiting["model"]) == ("accepted", "")
+    nothing = board.fleet(
+        missing="x", services=[], workers=[], cards=[], queues={}, counts=None, qos=None, energy=None, recent=[], at=0.0
+    )  # fmt: skip
+    assert (nothing["counts"], nothing["energy"], nothing["missing"]) == (None, [], "x")
+
+
+def test_an_explanation_has_every_candidate_in_the_order_of_the_route_and_no_words() -> None:
+    """What stood, what was excluded, what would have changed the choice."""
+    route = m.Route(
+        query_id="q1", order=["b", "a"], reason="best_utility", why="b is best.", flip="If a were quicker.",
+        candidates=[m.Candidate(card="c", artifact="x", excluded="tags"), m.Candidate(card="a", artifact="x"),
+                    m.Candidate(card="b", artifact="x", utility=0.5)],
+        embedding=b"1234", domains={"law": 0.1, "code": 0.9},
+    )  # fmt: skip
+    told = board.explained(_record(route=route, done=m.Done(query_id="q1", answer=answer("SECRET"))))
+    assert [one["card"] for one in told["candidates"]] == ["b", "a", "c"]
+    assert told["candidates"][2]["excluded"] == "tags"
+    assert (told["why"], told["flip"], told["worker"]) == ("b is best.", "If a were quicker.", "w1")
+    assert "SECRET" not in json.dumps(told)
+    assert board.explained(_record(state="accepted"))["state"] == "accepted"
