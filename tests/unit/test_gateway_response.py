@@ -259,6 +259,8 @@ def test_the_dashboard_shows_the_fleet_and_no_words_of_its_users() -> None:
     assert "SECRET" not in json.dumps(shown)
     assert shown["workers"][0]["engines"][0]["tokens_per_s"] == pytest.approx(100.0)
     assert [(one["card"], one["answered_in_all"]) for one in shown["models"]] == [("idle", 0), ("small", 4)]
+    assert shown["counts"]["in_flight"] == 0  # what is nought is told as well
+    assert shown["models"][1]["recent"]["feedback_count"] == 0
     answered, lost, waiting = shown["decisions"]
     assert (answered["model"], answered["why"], answered["energy_j"], answered["feedback"]) == (
         "small",

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from shared import messages as m
 
@@ -31,7 +32,7 @@ def fleet(
         "services": [_service(one) for one in services],
         "workers": [_worker(one) for one in workers],
         "queues": dict(sorted(queues.items())),
-        "counts": None if counts is None else msgspec.to_builtins(counts),
+        "counts": None if counts is None else asdict(counts),
         "models": _models(cards, counts, qos),
         "energy": [_energy(one) for one in (energy.workers if energy is not None else [])],
         "decisions": [decision(one) for one in recent],
@@ -74,7 +75,7 @@ def explained(record: m.QueryRecord) -> dict[str, Any]:
             "domains": dict(sorted(route.domains.items(), key=lambda item: -item[1])[:3]),
             "decided_in_s": route.decided_in_s,
             "candidates": [
-                msgspec.to_builtins(one)
+                asdict(one)
                 for one in sorted(route.candidates, key=lambda c: order.get(c.card, len(order)))
             ],
         }  # fmt: skip
@@ -117,7 +118,7 @@ def _worker(worker: m.WorkerState) -> dict[str, Any]:
 
 def _models(cards: Collection[m.Card], counts: m.Counts | None, qos: m.Qos | None) -> list[dict[str, Any]]:
     answered = counts.by_card if counts is not None else {}
-    seen = {one.card: msgspec.to_builtins(one) for one in (qos.cards if qos is not None else [])}
+    seen = {one.card: asdict(one) for one in (qos.cards if qos is not None else [])}
     return [
         {"card": card.name, "artifact": card.artifact.name, "answered_in_all": answered.get(card.name, 0),
          "recent": seen.get(card.name)}

@@ -54,7 +54,7 @@ function show(fleet) {
       `${number(c.loads)} loads, ${number(c.evictions)} evictions`
     : "the knowledge base does not answer";
 
-  fill(el("workers"), [["worker, model"], ["device, state"], ["memory", N], ["in use", N], ["tokens/s each", N]],
+  fill(el("workers"), [["worker, model"], ["device, state", "wrap"], ["memory", N], ["in use", N], ["tokens/s each", N]],
     fleet.workers.flatMap((w) => [
       { cells: [w.worker, w.device + (w.draining ? ", leaving" : ""), `${bytes(w.used_bytes)} of ${bytes(w.budget_bytes)}`, "", ""] },
       ...w.engines.map((e) => ({
