@@ -23,6 +23,8 @@ STALE_S = 3.5
 """A service that has said nothing for this long is gone."""
 FRESH_S = 1.0
 """Figures are asked for at most this often, however many look."""
+SHOWN = 12
+"""Of the latest queries."""
 _ASK_S = 2.0
 
 
@@ -108,7 +110,7 @@ class Fleet:
         async with self._asked:
             at, records = self._recent
             if time.time() - at > FRESH_S:
-                found = await self._knowledge("recent", m.QueryRecords)
+                found = await self._knowledge("recent", m.QueryRecords, limit=SHOWN)
                 records = found.records if found is not None else []
                 self._recent = (time.time(), records)
         return records
@@ -121,9 +123,9 @@ class Fleet:
         """
         return await self._bus.ask(subjects.knowledge(verb), m.KnowledgeRequest(**request), kind, _ASK_S)
 
-    async def _knowledge(self, verb: str, kind: type[T]) -> T | None:
+    async def _knowledge(self, verb: str, kind: type[T], **request: Any) -> T | None:
         try:
-            return await self.record(verb, kind)
+            return await self.record(verb, kind, **request)
         except (CalmError, nats.errors.Error, OSError):
             return None
 

@@ -103,7 +103,8 @@ async function explain(id) {
   const section = el("explained");
   const weights = Object.entries(record.weights ?? {}).map(([name, value]) => `${name} ${number(value, 2)}`).join(", ");
   section.querySelector("h2").textContent = `Why ${record.model} (${record.id})`;
-  section.querySelector("p").textContent = [record.why, record.flip, weights && `Weights: ${weights}.`].filter(Boolean).join(" ");
+  section.querySelector("p").textContent = [record.why, record.flip, weights && `Weights: ${weights}`]
+    .filter(Boolean).map((text) => text.replace(/\.?$/, ".")).join(" ");
   fill(section.querySelector("table"),
     [["model"], ["utility", N], ["quality", N], ["latency", N], ["energy", N], ["terms", "text"]],
     (record.candidates ?? []).map((c) => ({
