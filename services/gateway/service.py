@@ -35,9 +35,9 @@ class Gateway:
         self._log = context.log
         self._address = listening.parse(settings.http)
         self._metrics = Metrics()
-        self._fleet = Fleet(context.bus)
+        self.fleet = Fleet(context.bus)
         self._asking = Asking(context.bus, context.log)
-        self._completions = Completions(self._asking, self._fleet, self._metrics, context.log)
+        self._completions = Completions(self._asking, self.fleet, self._metrics, context.log)
         self._keys = known_keys(settings)
         origins = frozenset(one.strip() for one in settings.http_origins.split(",") if one.strip())
         self._front = Front(self._metrics, context.health, context.log, known_keys=self._keys, origins=origins)
@@ -45,9 +45,15 @@ class Gateway:
             self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORD_S
         )
         self._site: web.SockSite | None = None
-        self._url = ""
-        context.health.in_flight = lambda: self._metrics.in_flight
-        context.health.detail = lambda: self._url
+        self.url = ""
+        """Where it listens, once it does."""
+        context.health.in_flight = lambda: self.in_flight
+        context.health.detail = lambda: self.url
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being answered."""
+        return self._metrics.in_flight
 
     def _application(self) -> web.Application:
         app = web.Application(
@@ -63,7 +69,7 @@ class Gateway:
             web.get("/health", self._health),
             web.get("/ready", self._ready),
             web.get("/metrics", self._render_metrics),
-            *Dashboard(self._fleet).routes(),
+            *Dashboard(self.fleet).routes(),
         ])  # fmt: skip
         return app
 
@@ -74,13 +80,13 @@ class Gateway:
             SettingsInvalid: the address cannot be had.
         """
         bound = listening.bind(*self._address)  # before all else, so that a port in use is told at once
-        await self._fleet.start()
+        await self.fleet.start()
         await self._asking.start()
         await self._runner.setup()
         self._site = web.SockSite(self._runner, bound, backlog=listening.BACKLOG)
         await self._site.start()
-        self._url = listening.url(self._address[0], bound.getsockname()[1])
-        self._log.info("listening", url=self._url, keys=len(self._keys))
+        self.url = listening.url(self._address[0], bound.getsockname()[1])
+        self._log.info("listening", url=self.url, keys=len(self._keys))
         if not self._keys and not listening.is_local(self._address[0]):
             self._log.warning("no_api_keys", hint="anyone who reaches this port may ask: set CALM_API_KEYS")
 
@@ -94,16 +100,16 @@ class Gateway:
     # --- the small routes ---
 
     async def _models(self, _request: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": response.models(self._fleet.cards.values())})
+        return json_response({"object": "list", "data": response.models(self.fleet.cards.values())})
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
-        for entry in response.models(self._fleet.cards.values()):
+        for entry in response.models(self.fleet.cards.values()):
             if entry["id"] == name:
                 return json_response(entry)
-        if not self._fleet.cards:
+        if not self.fleet.cards:
             raise NotReady("The fleet's models are not known yet.", "Ask again in a moment.")
-        raise unknown_model(name, self._fleet.cards)
+        raise unknown_model(name, self.fleet.cards)
 
     async def _feedback(self, request: web.Request) -> web.Response:
         body = await read_json(request)
@@ -121,13 +127,13 @@ class Gateway:
         return json_response({"status": "ok"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        missing = self._fleet.missing()
+        missing = self.fleet.missing()
         if missing:
             return json_response({"status": "not ready", "reason": missing}, 503, {"Retry-After": "1"})
-        return json_response({"status": "ready", "workers": len(self._fleet.workers)})
+        return json_response({"status": "ready", "workers": len(self.fleet.workers)})
 
     async def _render_metrics(self, _request: web.Request) -> web.Response:
-        text = self._metrics.render(await self._fleet.snapshot(), ready=not self._fleet.missing())
+        text = self._metrics.render(await self.fleet.snapshot(), ready=not self.fleet.missing())
         return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
