@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -105,6 +106,7 @@ class Front:
     async def on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers that every response has, streams included."""
         response.headers.setdefault(_REQUEST_ID, request.get(REQUEST_ID, ""))
+        response.headers["Server"] = "calm"
         response.headers["X-Content-Type-Options"] = "nosniff"
         if origin := request.get(_ORIGIN, ""):
             response.headers["Access-Control-Allow-Origin"] = origin
@@ -120,6 +122,26 @@ class Front:
         """The origin to allow, empty for none."""
         origin = request.headers.get("Origin", "")
         return origin if origin and ("*" in self._origins or origin in self._origins) else ""
+
+
+class OneLine(logging.Handler):
+    """What the HTTP server itself has to say, such as of requests that are no HTTP, in our own log, without traces."""
+
+    def __init__(self, log: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    @classmethod
+    def logger(cls, log: Any) -> logging.Logger:
+        """A logger that hands everything over to `log`."""
+        made = logging.getLogger(__name__)
+        made.propagate = False
+        made.handlers = [cls(log)]
+        return made
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self._log.warning("http_server", message=record.getMessage()[:200], error=str(error or "")[:200])
 
 
 class Failed(Exception):

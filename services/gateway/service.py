@@ -13,7 +13,7 @@ from services.gateway.dashboard import Dashboard
 from services.gateway.decide import keys, response
 from services.gateway.decide.request import unknown_model
 from services.gateway.fleet import Fleet
-from services.gateway.front import REQUEST_ID, Front, json_response, read_json
+from services.gateway.front import REQUEST_ID, Front, OneLine, json_response, read_json
 from services.gateway.metrics import Metrics
 from shared import listening
 from shared import messages as m
@@ -42,7 +42,11 @@ class Gateway:
         origins = frozenset(one.strip() for one in settings.http_origins.split(",") if one.strip())
         self._front = Front(self._metrics, context.health, context.log, known_keys=self._keys, origins=origins)
         self._runner = web.AppRunner(
-            self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORD_S
+            self._application(),
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=LAST_WORD_S,
+            logger=OneLine.logger(context.log),
         )
         self._site: web.SockSite | None = None
         self.url = ""

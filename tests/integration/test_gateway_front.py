@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import structlog
+import structlog.testing
 from aiohttp import ClientSession
 from nats.aio.msg import Msg
 
@@ -123,6 +124,24 @@ async def test_a_body_that_does_not_arrive_is_given_up(gateway: Gateway, monkeyp
         assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_what_is_no_http_is_refused_and_logged_in_a_line(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """400, and no trace in the log that anybody who reaches the port could fill it with."""
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    with structlog.testing.capture_logs() as logged:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nBad: \x00\r\n\r\n")
+        async with asyncio.timeout(20):
+            assert (await reader.readline()).startswith(b"HTTP/1.0 400 ")
+            await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert [line["event"] for line in logged] == ["http_server"]
+    assert "header value" in logged[0]["error"]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 async def test_what_fails_inside_is_logged_and_not_told(
