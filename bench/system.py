@@ -41,8 +41,11 @@ def _settled_now(workers: list[m.WorkerState]) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def running(*, workers: int, fleet: str, memory: str = "", home: Path | None = None) -> AsyncIterator[str]:
-    """`calm up` in a home of its own with the user's model store; gives the NATS URL once the fleet has settled.
+async def running(
+    *, workers: int, fleet: str, memory: str = "", home: Path | None = None, http: bool = False
+) -> AsyncIterator[str]:
+    """`calm up` in a home of its own with the user's model store, and a gateway with `http`; gives the NATS URL once
+    the fleet has settled.
 
     Raises:
         RuntimeError: it did not become ready; holds what it printed.
@@ -50,6 +53,7 @@ async def running(*, workers: int, fleet: str, memory: str = "", home: Path | No
     store = Settings.from_env().models_path
     folder = home or Path(tempfile.mkdtemp(prefix="calm-bench-"))
     options = ["--port", "0", "--workers", str(workers), "--home", str(folder), "--fleet", fleet]
+    options += ["--http", "127.0.0.1:0"] if http else ["--no-http"]
     if memory:
         options += ["--memory", memory]
     environment = {k: v for k, v in os.environ.items() if k != "CALM_NATS_URL"}

@@ -6,6 +6,8 @@ CalmError
 │   ├── PromptTooLarge       `prompt_too_large`    more bytes than the intake takes
 │   ├── UnknownModel         `unknown_model`       a model name that the fleet does not have
 │   ├── InvalidObjective     `invalid_objective`   an objective that cannot be set
+│   ├── Unsupported          `unsupported`         a parameter that would change the answer, and is not understood here
+│   ├── Unauthorized         `unauthorized`        over HTTP: no key, or a wrong one
 │   └── NotFound             `not_found`           no such query, model or operation
 ├── Unserved                 accepted, and ended without an answer
 │   ├── ContextExceeded      `context_exceeded`    more tokens than any allowed model can read
@@ -14,6 +16,7 @@ CalmError
 │   ├── Cancelled            `cancelled`           `calm.cancel.<query_id>` came first
 │   ├── EngineFailed         `engine_failed`       every attempt of the route failed
 │   ├── Unreadable           `unreadable`          of one attempt only: what was expected of its answer is not in it
+│   ├── Restarted            `restarted`           over HTTP: a new attempt says something else than what was streamed
 │   └── Overloaded           `overloaded`          the queue is full
 ├── FleetFileInvalid         `fleet_invalid`       a fleet file; carries path, line, remedy
 ├── DataInvalid              `data_invalid`        recorded outcomes or a trace; carries path, line, remedy
@@ -57,7 +60,13 @@ class CalmError(Exception):
 
 
 class BadRequest(CalmError):
+    """`field` is the part of the message that is meant, empty where that is not known."""
+
     code = "bad_request"
+
+    def __init__(self, message: str, remedy: str = "", *, field: str = "") -> None:
+        super().__init__(message, remedy)
+        self.field = field
 
 
 class InvalidQuery(BadRequest):
@@ -74,6 +83,14 @@ class UnknownModel(BadRequest):
 
 class InvalidObjective(BadRequest):
     code = "invalid_objective"
+
+
+class Unsupported(BadRequest):
+    code = "unsupported"
+
+
+class Unauthorized(BadRequest):
+    code = "unauthorized"
 
 
 class NotFound(BadRequest):
@@ -108,6 +125,11 @@ class EngineFailed(Unserved):
 
 class Unreadable(Unserved):
     code = "unreadable"
+    retryable = True
+
+
+class Restarted(Unserved):
+    code = "restarted"
     retryable = True
 
 

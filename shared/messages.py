@@ -321,6 +321,8 @@ class Chunk(_Public, frozen=True, kw_only=True, tag="chunk.v1"):
     text: str
     restarted: bool = False
     """True on the first chunk of an attempt after the first: drop the text received before it."""
+    model: str = ""
+    """The card that writes; on the first chunk of an attempt only."""
 
 
 class Failure(_Public, frozen=True, kw_only=True, tag="error.v1"):

@@ -114,6 +114,15 @@ class Settings:
     """Grams of CO2 per kWh of the electricity used; `calm energy` shows carbon when it is set."""
     max_prompt_bytes: int = 1_000_000
     """Largest message that the intake accepts."""
+    http: str = "127.0.0.1:8484"
+    """Where the gateway listens: HOST:PORT; port 0 takes a free one."""
+    api_keys: str = ""
+    """Comma-separated keys, of which clients of the gateway must send one; none are asked for when this and the next
+    are empty."""
+    api_keys_file: str = ""
+    """Path of a file with such keys, one a line."""
+    http_origins: str = ""
+    """Comma-separated origins whose web pages may call the gateway from browsers (CORS); `*` for any."""
     drain_s: float = 10.0
     """How long a stopping process waits for work in flight before it hands it back."""
     retention_days: float = 30.0

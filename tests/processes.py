@@ -58,6 +58,7 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
         "CALM_MODELS_DIR": str(settings.models_path),
         "CALM_FLEET": settings.fleet,
         "CALM_DRAIN_S": "3",
+        "CALM_HTTP": "127.0.0.1:0",
         **more,
     }
 

@@ -56,6 +56,11 @@ class Board:
             return "starting"
         return beat.state if time.monotonic() - at < STALE_S else "silent"
 
+    def detail(self, child: Supervised) -> str:
+        """What it last said of itself."""
+        _, beat = self._beats.get(child.pid, (0.0, None))
+        return beat.detail if beat is not None else ""
+
     def all_ready(self) -> bool:
         return all(self.state(child) == "ready" for child in self._children)
 

@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     up.add_argument("--threads", type=int, default=0, metavar="N", help="threads of each engine")
     up.add_argument("--port", type=int, default=4222, help="port of the NATS server; 0 takes a free one")
+    http = up.add_mutually_exclusive_group()
+    http.add_argument("--http", metavar="HOST:PORT", help="where the HTTP gateway listens (127.0.0.1:8484)")
+    http.add_argument("--no-http", action="store_true", help="start no HTTP gateway")
 
     ask = add("ask", "Ask the fleet, and show which model answered and why.")
     ask.add_argument("prompt", help="the question; - reads standard input")

@@ -19,7 +19,7 @@ from services.cli import packing
 from services.cli.board import Board
 from services.cli.options import url_file
 from services.cli.supervise import Supervised
-from shared import codec, subjects
+from shared import codec, listening, subjects
 from shared import messages as m
 from shared.broker import Broker
 from shared.bus import Bus
@@ -39,6 +39,9 @@ async def up(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run until SIGINT or SIGTERM; exit status 0 after a clean stop."""
     fleet = arguments.fleet or settings.fleet
     load_fleet(fleet)  # a bad file is told before anything starts
+    http = "" if arguments.no_http else arguments.http or settings.http
+    if http:
+        listening.parse(http)
     if arguments.workers < 1:
         raise SettingsInvalid(f"--workers {arguments.workers} starts no worker.", "Give 1 or more.")
     with _only_one(settings.home):
@@ -48,7 +51,7 @@ async def up(arguments: argparse.Namespace, settings: Settings) -> int:
         note = url_file(settings.home)
         note.write_text(url)
         try:
-            return await _System(arguments, settings, fleet, url).run()
+            return await _System(arguments, settings, fleet, url, http).run()
         finally:
             note.unlink(missing_ok=True)
             if broker is not None:
@@ -63,6 +66,15 @@ async def _broker(home: Path, port: int) -> Broker:
             f"The NATS server could not start on port {port}: {error.message}",
             "Use --port 0 for a free port, or --nats URL for a server that is running.",
         ) from None
+
+
+def _hindrance(http: str) -> str:
+    """Why there can be no gateway at an address, for people; empty when there can. All else runs without one, too."""
+    try:
+        listening.bind(*listening.parse(http)).close()
+    except SettingsInvalid as error:
+        return f"{error} Everything else is started."
+    return ""
 
 
 @contextlib.contextmanager
@@ -80,7 +92,7 @@ def _only_one(home: Path) -> Iterator[None]:
 
 
 class _System:
-    def __init__(self, arguments: argparse.Namespace, settings: Settings, fleet: str, url: str) -> None:
+    def __init__(self, arguments: argparse.Namespace, settings: Settings, fleet: str, url: str, http: str) -> None:
         self._settings = settings
         self._fleet = fleet
         self._url = url
@@ -114,10 +126,19 @@ class _System:
             )
             for name in (f"worker-{n}" for n in range(1, arguments.workers + 1))
         ]
-        self._board = Board([*self._stages, *self._workers], url)
+        self._gateway: Supervised | None = None
+        self._no_gateway = _hindrance(http) if http else ""
+        if http and not self._no_gateway:
+            own = {**environment, "CALM_HTTP": http}
+            self._gateway = Supervised("gateway", "services.gateway", own, logs / "gateway.log", self._say)
+        self._board = Board(self._children, url)
         self._signals = 0
         self._stop = asyncio.Event()
         self._heard = asyncio.Event()
+
+    @property
+    def _children(self) -> list[Supervised]:
+        return [*self._stages, *self._workers, *([self._gateway] if self._gateway is not None else [])]
 
     def _say(self, text: str) -> None:
         self._board.say(text)
@@ -127,7 +148,9 @@ class _System:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         self._say(f"NATS server at {self._url}, files in {self._settings.home}")
-        for child in (*self._stages, *self._workers):
+        if self._no_gateway:
+            self._say(self._no_gateway)
+        for child in self._children:
             child.start()
         failed: CalmError | None = None
         try:
@@ -183,7 +206,8 @@ class _System:
                 self._heard.clear()
                 if not told and self._board.all_ready():
                     told = True
-                    self._say('ready: ask with `calm ask "..."`, look with `calm status`, stop with Ctrl-C')
+                    http = f", or at {self._board.detail(self._gateway)}/v1" if self._gateway is not None else ""
+                    self._say(f'ready: ask with `calm ask "..."`{http}, look with `calm status`, stop with Ctrl-C')
         finally:
             self._board.stop()
             await bus.close()
@@ -205,13 +229,16 @@ class _System:
         self._signals += 1
         self._stop.set()
         if self._signals > 1:
-            for child in (*self._workers, *self._stages):
+            for child in self._children:
                 child.kill()
 
     async def _shut_down(self) -> None:
-        """Workers finish or hand back first; the monitor, which records how queries ended, goes last."""
+        """The gateway lets its clients have their answers; workers finish or hand back; the monitor, which records how
+        queries ended, goes last."""
         self._say("stopping")
         limit_s = self._settings.drain_s + MARGIN_S
+        if self._gateway is not None:
+            await self._gateway.stop(limit_s)
         await asyncio.gather(*(worker.stop(limit_s + MARGIN_S) for worker in self._workers))
         for name in ("executor", "planner", "analyzer", "monitor"):
             await next(s for s in self._stages if s.name == name).stop(limit_s)

@@ -338,7 +338,7 @@ class EngineHost:
             if text and wanted:
                 chunk = m.Chunk(
                     id=job.work.query_id, seq=sequence, attempt=job.attempt, text=text,
-                    restarted=sequence == 0 and job.attempt > 1,
+                    restarted=sequence == 0 and job.attempt > 1, model="" if sequence else job.work.card,
                 )  # fmt: skip
                 sequence += 1
             if isinstance(event, (Finished, Failed)):

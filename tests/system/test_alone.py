@@ -15,7 +15,7 @@ from tests.samples import card
 from tests.system.conftest import STAGES
 
 
-@pytest.mark.parametrize("service", [*STAGES, "worker"])
+@pytest.mark.parametrize("service", [*STAGES, "worker", "gateway"])
 async def test_a_service_that_is_alone_starts_and_leaves_when_it_is_told_to(
     service: str, settings: Settings, bus: Bus
 ) -> None:

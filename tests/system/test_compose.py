@@ -19,7 +19,7 @@ from tests.system.client import ask
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "compose.yaml"
-SERVICES = ("monitor", "analyzer", "planner", "executor", "worker")
+SERVICES = ("monitor", "analyzer", "planner", "executor", "worker", "gateway")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,12 @@ def compose() -> dict[str, Any]:
 
 
 def test_every_service_of_the_design_is_there_and_can_be_scaled(compose: dict[str, Any]) -> None:
-    """No fixed container names, and only the NATS server publishes a port: `--scale worker=N` works."""
+    """No fixed container names, and only the NATS server and the gateway publish a port: `--scale worker=N` works."""
     services = compose["services"]
     assert {"nats", *SERVICES} <= set(services)
     for name, service in services.items():
         assert "container_name" not in service
-        assert ("ports" in service) == (name == "nats")
+        assert ("ports" in service) == (name in ("nats", "gateway"))
     assert services["worker-gpu"]["profiles"] == ["gpu"]
     devices = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices[0]["driver"] == "nvidia"
@@ -84,6 +84,7 @@ async def test_the_services_of_compose_answer_a_query(
         "/data/knowledge": str(knowledge),
         "/data/models": str(settings.models_path),
         "/data": str(tmp_path),
+        "0.0.0.0:8484": "127.0.0.1:0",
     }
 
     def local(value: str) -> str:

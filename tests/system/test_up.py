@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import listening
 from tests.processes import of_home
 
 pytestmark = pytest.mark.system
@@ -75,8 +76,8 @@ class Up:
 async def _up(home: Path, models: Path, *options: str) -> AsyncIterator[Up]:
     environment = _environment(home, models)
     process = await asyncio.create_subprocess_exec(
-        *CALM, "up", "--port", "0", *options, env=environment, cwd=ROOT, start_new_session=True,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        *CALM, "up", "--port", "0", *(options or ("--http", "127.0.0.1:0")), env=environment, cwd=ROOT,
+        start_new_session=True, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     up = Up(process, environment)
     try:
@@ -125,7 +126,12 @@ async def test_a_newcomer_s_first_quarter_of_an_hour(tmp_path: Path, models: Pat
             else:
                 assert printed.strip()
 
-        assert len(of_home(tmp_path)) >= 7
+        http = next(line for line in up.lines if line.startswith("ready:")).partition(", or at ")[2].partition("/v1")[0]
+        assert f"{http}\n" in status
+        over_http = (ROOT / "examples" / "over_http.py").read_text().replace("http://127.0.0.1:8484", http)
+        assert "[smollm2" in await up.run(sys.executable, "-c", over_http)
+
+        assert len(of_home(tmp_path)) >= 8
         rest = await up.interrupt()
         assert "stopped" in rest
         await _nothing_left(tmp_path)
@@ -133,11 +139,28 @@ async def test_a_newcomer_s_first_quarter_of_an_hour(tmp_path: Path, models: Pat
 
     async with _up(tmp_path, models) as again:
         status = await again.run(*CALM, "status")
-        # Six were accepted before the stop: two by the command line, four by the examples; one of those was bad.
-        assert "5 accepted, 4 answered, 1 failed" in status
+        # Before the stop: two by the command line, three by the examples over NATS, of which one failed, one by HTTP.
+        assert "6 accepted, 5 answered, 1 failed" in status
         again.process.kill()
         await again.process.wait()
         await _nothing_left(tmp_path)
+
+
+@pytest.mark.timeout(600)
+async def test_without_a_gateway_or_with_its_port_in_use_everything_else_runs(tmp_path: Path, models: Path) -> None:
+    """A port in use is told, with what to change; `--no-http` starts no gateway."""
+    with listening.bind("127.0.0.1", 0) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with _up(tmp_path, models, "--http", address) as up:
+            told = "\n".join(up.lines)
+            assert f"cannot listen on {address}: another program listens there" in told
+            assert "calm up --http" in told
+            assert "\n  gateway " not in await up.run(*CALM, "status")
+            await up.interrupt()
+    async with _up(tmp_path, models, "--no-http") as up:
+        assert not any(line.startswith("gateway ") for line in up.lines)
+        assert "/v1" not in up.lines[-1]
+        await up.interrupt()
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,1 @@
+"""What the gateway decides: how OpenAI's JSON and our messages correspond. Pure."""
