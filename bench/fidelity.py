@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from bench.calibrate import Calibration, Costs, calibrate, costs, lone_queries
 from bench.e2e import read_prompts
-from bench.live import HIT_S, Live, Measured, Shared, beside, measure, read_tokens, system
+from bench.live import HIT_S, Live, beside, read_tokens, system
+from bench.others import used
 from bench.report import machine, print_machine, print_table, write_json
 from services.simulator import recorded
 from services.simulator.engine import Result
@@ -38,6 +41,7 @@ from services.simulator.profile import Profile, load_profile
 from shared import messages as m
 
 WITHIN = 0.15
+PHASES = ("before", "trace", "after")
 SETTLE_S = 2.0
 """After the last answer: the figures of the last answers are learned by then."""
 CLIENTS = (
@@ -68,6 +72,12 @@ class Saved:
     live: Live
     asked: list[str]
     known: Known
+    calibration: Calibration | None
+    """Made before the trace; the profile is of it."""
+    lone: list[list[str]]
+    """Queries asked one at a time directly before the trace, and directly after it: the machine's pace."""
+    others: dict[str, float]
+    """Share of the cores that other processes took: while calibrating, during the trace, while calibrating again."""
 
 
 def clients(count: int, rng: np.random.Generator) -> list[m.Preference]:
@@ -80,14 +90,20 @@ async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
     """Play the trace."""
     rng = np.random.default_rng(arguments.seed)
     rng.shuffle(prompts)
-    warm, prompts = prompts[:8], prompts[8 : 8 + arguments.count]
+    warm, others, prompts = prompts[:8], iter(prompts[8 + arguments.count :]), prompts[8 : 8 + arguments.count]
     at = np.cumsum(rng.exponential(1.0 / arguments.rate, len(prompts))).tolist()
     wants = clients(len(prompts), rng)
     async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
         asker = asking.asker
         for prompt, card in zip(warm, asking.models.cards, strict=False):  # the first queries of a system are slower
             await asker.alone(prompt, card)
+        marks = [used()]
+        calibration = None
+        if not arguments.profile:
+            calibration = await calibrate(asking, others, arguments.alone, arguments.loads)
+        lone = [await lone_queries(asking, others, arguments.alone)]
         await asyncio.sleep(SETTLE_S)
+        marks.append(used())
         state, qos = asking.fleet.workers(), await asking.qos()
         asked: list[str] = []
         start = time.perf_counter()
@@ -100,7 +116,11 @@ async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
         print(file=sys.stderr)
         assert asking.models.policy is not None
         known = Known(dict(asking.models.cards), asking.models.policy, state, qos)
-        return Saved(asker.live, asked, known)
+        marks.append(used())
+        lone.append(await lone_queries(asking, others, arguments.alone))
+        marks.append(used())
+        shares = [now.others(before) for before, now in itertools.pairwise(marks)]
+        return Saved(asker.live, asked, known, calibration, lone, dict(zip(PHASES, shares, strict=True)))
 
 
 def simulate(live: Live, asked: list[str], known: Known, profile: Profile) -> tuple[Result, list[str]]:
@@ -164,17 +184,17 @@ def parts(live: Live, asked: list[str]) -> list[list[Any]]:
     return [*rows, ["beside", float(np.mean([beside(live, i) for i in asked]))]]
 
 
-def as_toml(found: dict[str, Measured], shared: Shared, overhead_s: float, description: str) -> str:
+def as_toml(found: Costs, description: str) -> str:
     """A measured profile."""
     lines = [
         f"# Measured by `python -m bench.fidelity measure`: {description}.",
         "# Each artifact alone; a load is all that waiting for it adds to an answer, with weights in the page cache.",
         "# Joules are of stated powers.",
         'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
-        f"turn_cost = {shared.turn_cost:.4g}", f"load_beside = {shared.load_beside:.4g}",
-        f"overhead_s = {overhead_s:.4g}", "",
+        f"turn_cost = {found.turn_cost:.4g}", f"load_beside = {found.load_beside:.4g}",
+        f"overhead_s = {found.overhead_s:.4g}", "",
     ]  # fmt: skip
-    for name, one in sorted(found.items()):
+    for name, one in sorted(found.artifacts.items()):
         figures = {
             key: getattr(one.unit, key)
             for key in ("prefill_s", "beside", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")
@@ -187,19 +207,18 @@ async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> Non
     """The command `measure`."""
     np.random.default_rng(arguments.seed + 1).shuffle(prompts)
     async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
-        found, shared, overhead_s = await measure(asking, prompts, arguments.alone, arguments.loads)
+        asked = await calibrate(asking, iter(prompts), arguments.alone, arguments.loads)
+        found = costs(asking.asker.live, asked, asking.models.cards)
         device = asking.fleet.workers()[0].device
-    arguments.write.write_text(
-        as_toml(found, shared, overhead_s, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8"
-    )
+    arguments.write.write_text(as_toml(found, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8")
     rows = [
         [name, 1e3 * x.unit.prefill_s, x.unit.beside, 1e3 * x.unit.tpot_s, x.unit.slope, x.unit.load_s, x.burst_s]
-        for name, x in found.items()
+        for name, x in found.artifacts.items()
     ]
     titles = ("artifact", "prompt token, ms", "beside", "token, ms", "slope", "load, s", "burst, s")
     print_table(
-        f"overhead {1e3 * overhead_s:.1f} ms, taking turns {shared.turn_cost:.2f}, loads beside others"
-        f" {shared.load_beside:+.2f}", titles, rows,
+        f"overhead {1e3 * found.overhead_s:.1f} ms, taking turns {found.turn_cost:.2f}, loads beside others"
+        f" {found.load_beside:+.2f}", titles, rows,
     )  # fmt: skip
 
 
@@ -213,10 +232,10 @@ def arguments_of() -> argparse.Namespace:
     live.add_argument("--fleet", default="embedded")
     live.add_argument("--memory", default="", help="budget of each worker")
     live.add_argument("--seed", type=int, default=0)
+    live.add_argument("--alone", type=int, default=3, help="calibrating: questions one at a time, each model and load")
+    live.add_argument("--loads", type=int, default=3, help="calibrating: loads of each model, where they make room")
     one = commands.add_parser("measure", parents=[live], help="write this machine's profile")
     one.add_argument("--write", type=Path, required=True)
-    one.add_argument("--alone", type=int, default=3, help="questions one at a time, for each model and load")
-    one.add_argument("--loads", type=int, default=3, help="loads of each model, where memory does not hold all")
     two = commands.add_parser("run", parents=[live], help="a trace, live and simulated")
     two.add_argument("--count", type=int, default=60)
     two.add_argument("--rate", type=float, default=0.8, help="arrivals per second")
@@ -224,7 +243,7 @@ def arguments_of() -> argparse.Namespace:
     three = commands.add_parser("again", help="simulate a saved run")
     three.add_argument("--saved", type=Path, required=True)
     for command in (two, three):
-        command.add_argument("--profile", default="cpu", help="name or file")
+        command.add_argument("--profile", default="", help="name or file")
         command.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -246,6 +265,9 @@ def main() -> None:
     if lost:
         print(f"{len(lost)} queries were not answered", file=sys.stderr)
         sys.exit(1)
+    if saved.calibration is not None:
+        Path("/tmp/fid_x.toml").write_text(as_toml(costs(live, saved.calibration, known.cards), "x"))
+        arguments.profile = arguments.profile or "/tmp/fid_x.toml"
     result, names = simulate(live, asked, known, load_profile(arguments.profile))
     rows = compare(live, asked, result, names)
     print_machine(machine())
@@ -256,6 +278,7 @@ def main() -> None:
         f"at the machine's pace during the trace: {factor:.2f} times the profile's, by {alone} queries alone",
         ("figure", "live", "simulated", "difference"), compare(live, asked, then, names),
     )  # fmt: skip
+    print_table("others", ("when", "share"), [list(x) for x in saved.others.items()])
     print_table("beside", ("figure", "live", "simulated"), beside_the_point(live, asked, result))
     print_table("live seconds, on average", ("part", "s"), parts(live, asked))
     print(f"loads in the simulation: {result.loads}")
