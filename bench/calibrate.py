@@ -99,16 +99,6 @@ async def calibrate(asking: System, prompts: Iterator[str], alone: int, loads: i
     return Calibration(single, bursts, cold, pairs, beside_writing, learned)
 
 
-async def lone_queries(asking: System, prompts: Iterator[str], each: int) -> list[str]:
-    """Queries asked one at a time, `each` of every artifact, the largest first: what is small stays resident."""
-    cards = {card.artifact.name: card for card in asking.models.cards.values()}
-    found = []
-    for card in sorted(cards.values(), key=lambda card: -card.artifact.footprint_bytes):
-        await asking.asker.alone(next(prompts), card.name)  # loads it where it must, and begins to use its pages
-        found += [await asking.asker.alone(next(prompts), card.name) for _ in range(each)]
-    return found
-
-
 async def _asked_together(asking: System, fresh: Iterator[str], cards: Mapping[str, m.Card]) -> list[list[str]]:
     """Answers of two engines that were asked at once; none where no two artifacts are resident."""
     asker = asking.asker

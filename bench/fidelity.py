@@ -5,15 +5,16 @@
     python -m bench.fidelity again --saved FILE [--profile cpu]
 
 `measure` starts the system and writes a profile of what its models cost alone: loading, reading, writing, and how much
-slower a batch writes. `run` starts it anew and plays a trace: Poisson arrivals from three kinds of clients (the fleet's
-own weights; quality first; latency first) whose shares change twice, so that several models are wanted and, in the
-embedded fleet's memory, must be loaded and evicted. The same arrivals, with the qualities that the live planner
-predicted and the lengths that were really written, are then simulated from the same resident models; residency and
-routing are the planner's own code in both. `again` repeats the simulation of a saved run.
+slower a batch writes. `run` starts it anew (without `--profile` it measures first) and plays a trace: Poisson arrivals
+from three kinds of clients (the fleet's own weights; quality first; latency first) whose shares change twice, so that
+several models are wanted and, in the embedded fleet's memory, must be loaded and evicted. The same arrivals, with the
+qualities that the live planner predicted and the lengths that were really written, are then simulated from the same
+resident models; residency and routing are the planner's own code in both. `again` simulates a saved run once more.
 
-Mean latency, residency hits and the models' shares are to agree within 15 %. Where the machine is not as quick as when
-its profile was taken, that alone may be more: how much is seen in queries that met nobody else, live and simulated, and
-a second table has the profile's times multiplied by it. What others at work, loads and choices do is judged by that.
+Mean latency, residency hits and the models' shares are to agree within 15 %. A machine that others use too is not as
+quick as when its profile was taken: so the profile's times are multiplied by the machine's pace (`bench.pace`), which
+is seen in other queries, asked alone directly before the trace, in its quiet gaps, and directly after it. Those in gaps
+are simulated with the trace, and not judged. The first table is without any pace.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.calibrate import Calibration, Costs, calibrate, costs, lone_queries
+from bench.calibrate import Calibration, Costs, calibrate, costs
 from bench.e2e import read_prompts
-from bench.live import HIT_S, Live, beside, read_tokens, system
+from bench.live import Live, beside, loaded, read_tokens, system
 from bench.others import used
+from bench.pace import in_gap, lone_queries, pace
 from bench.report import machine, print_machine, print_table, write_json
 from services.simulator import recorded
-from services.simulator.engine import Result
-from services.simulator.profile import Profile, load_profile
+from services.simulator.profile import Profile, load_profile, parse_profile
 from shared import messages as m
 
 WITHIN = 0.15
@@ -73,9 +74,9 @@ class Saved:
     asked: list[str]
     known: Known
     calibration: Calibration | None
-    """Made before the trace; the profile is of it."""
-    lone: list[list[str]]
-    """Queries asked one at a time directly before the trace, and directly after it: the machine's pace."""
+    """Made before the trace, where no profile was given."""
+    lone: list[str]
+    """Queries asked alone, for the machine's pace: before the trace, in its gaps, after it."""
     others: dict[str, float]
     """Share of the cores that other processes took: while calibrating, during the trace, while calibrating again."""
 
@@ -97,83 +98,96 @@ async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
         asker = asking.asker
         for prompt, card in zip(warm, asking.models.cards, strict=False):  # the first queries of a system are slower
             await asker.alone(prompt, card)
-        marks = [used()]
-        calibration = None
+        marks, calibration = [used()], None
         if not arguments.profile:
             calibration = await calibrate(asking, others, arguments.alone, arguments.loads)
-        lone = [await lone_queries(asking, others, arguments.alone)]
+        profile = profile_of(arguments.profile, calibration, asker.live, asking.models.cards)
+        lone = await lone_queries(asking, others, arguments.alone)
         await asyncio.sleep(SETTLE_S)
         marks.append(used())
         state, qos = asking.fleet.workers(), await asking.qos()
-        asked: list[str] = []
+        asked, in_gaps = list[str](), dict[str, int]()
         start = time.perf_counter()
         for prompt, due, preference in zip(prompts, at, wants, strict=True):
-            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+            lone += await in_gap(asking, start + due, others, profile, in_gaps)
             asked.append(await asker.ask(prompt, preference=preference))
             print(f"\r{len(asked)} of {len(prompts)} asked", end="", file=sys.stderr, flush=True)
         await asyncio.gather(*(asker.ended(query_id) for query_id in asked))
+        marks.append(used())
         await asyncio.sleep(SETTLE_S)
         print(file=sys.stderr)
         assert asking.models.policy is not None
         known = Known(dict(asking.models.cards), asking.models.policy, state, qos)
-        marks.append(used())
-        lone.append(await lone_queries(asking, others, arguments.alone))
+        lone += await lone_queries(asking, others, arguments.alone)
         marks.append(used())
         shares = [now.others(before) for before, now in itertools.pairwise(marks)]
         return Saved(asker.live, asked, known, calibration, lone, dict(zip(PHASES, shares, strict=True)))
 
 
-def simulate(live: Live, asked: list[str], known: Known, profile: Profile) -> tuple[Result, list[str]]:
-    """The same queries in virtual time."""
+def profile_of(name: str, calibration: Calibration | None, live: Live, cards: dict[str, m.Card]) -> Profile:
+    """The profile named, else that of the calibration."""
+    if name or calibration is None:
+        return load_profile(name or "cpu")
+    return parse_profile(as_toml(costs(live, calibration, cards), "as calibrated"))
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What became of the judged queries in virtual time, [n] each."""
+
+    latency_s: list[float]
+    hit: list[bool]
+    artifact: list[str]
+    energy_j: list[float]
+    loads: int
+
+
+def simulate(saved: Saved, profile: Profile) -> Simulated:
+    """The same queries in virtual time, those in gaps among them."""
+    live, known = saved.live, saved.known
+    first, last = live.at[saved.asked[0]], live.at[saved.asked[-1]]
+    played = sorted({*saved.asked, *(i for i in saved.lone if first < live.at[i] < last)}, key=live.at.__getitem__)
     answered = [
         recorded.Answered(
             live.at[i], live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
             live.preference.get(i, m.Preference()),
         )
-        for i in asked
+        for i in played
     ]  # fmt: skip
-    before = [(live.at[i], route) for i, route in live.route.items() if i in live.at and i not in set(asked)]
+    before = sorted((at, live.route[i]) for i, at in live.at.items() if at < live.at[played[0]] and i in live.route)
     built = recorded.build(
-        answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile,
-        sorted(before, key=lambda one: one[0]),
+        answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile, before
+    )
+    result, names = recorded.simulate(built), built.fleet.names
+    rows = [played.index(i) for i in saved.asked]
+    return Simulated(
+        result.latency_s[rows].tolist(), result.hit[rows].tolist(), [names[result.model[k]] for k in rows],
+        result.energy_j[rows].tolist(), result.loads,
     )  # fmt: skip
-    return recorded.simulate(built), list(built.fleet.names)
 
 
-def compare(live: Live, asked: list[str], result: Result, names: list[str]) -> list[tuple[str, float, float, float]]:
+def compare(live: Live, asked: list[str], found: Simulated) -> list[tuple[str, float, float, float]]:
     """(what, live, simulated, difference): relative for latency, absolute for shares."""
-    latency = float(np.mean([live.latency[i] for i in asked]))
-    hits = float(np.mean([live.answer[i]["timings"]["load_s"] < HIT_S for i in asked]))
-    simulated = float(result.latency_s.mean())
-    rows = [("mean latency, s", latency, simulated, simulated / latency - 1.0)]
-    rows.append(("residency hits", hits, float(result.hit.mean()), float(result.hit.mean()) - hits))
-    for column, name in enumerate(names):
-        share = float(np.mean([live.answer[i]["artifact"] == name for i in asked]))
-        mine = float(np.mean(result.model == column))
+    latency, simulated = float(np.mean([live.latency[i] for i in asked])), float(np.mean(found.latency_s))
+    hits, hit = float(np.mean([not loaded(live, i) for i in asked])), float(np.mean(found.hit))
+    rows = [
+        ("mean latency, s", latency, simulated, simulated / latency - 1.0),
+        ("residency hits", hits, hit, hit - hits),
+    ]
+    answered = [live.answer[i]["artifact"] for i in asked]
+    for name in sorted({*answered, *found.artifact}):
+        share, mine = answered.count(name) / len(asked), found.artifact.count(name) / len(asked)
         rows.append((f"share of {name}", share, mine, mine - share))
     return rows
 
 
-def pace(live: Live, asked: list[str], result: Result, names: list[str]) -> tuple[float, int]:
-    """(live latency over simulated, how many): median over queries that had the system to themselves, whose model was
-    resident, and which the same model answered in both."""
-    ends = [live.at[i] + live.latency[i] for i in asked]
-    found = []
-    for k, i in enumerate(asked):
-        alone = (k == 0 or max(ends[:k]) < live.at[i]) and (k + 1 == len(asked) or ends[k] < live.at[asked[k + 1]])
-        warm = bool(result.hit[k]) and live.answer[i]["timings"]["load_s"] < HIT_S
-        if alone and warm and names[result.model[k]] == live.answer[i]["artifact"]:
-            found.append(live.latency[i] / float(result.latency_s[k]))
-    return (float(np.median(found)), len(found)) if found else (1.0, 0)
-
-
-def beside_the_point(live: Live, asked: list[str], result: Result) -> list[list[Any]]:
+def beside_the_point(live: Live, asked: list[str], found: Simulated) -> list[list[Any]]:
     """Figures that no bound is set for."""
     p95 = float(np.quantile([live.latency[i] for i in asked], 0.95))
     joules = float(np.mean([live.answer[i]["energy"]["joules"] for i in asked]))
     return [
-        ["p95 latency, s", p95, float(np.quantile(result.latency_s, 0.95))],
-        ["joules a query", joules, float(result.energy_j.mean())],
+        ["p95 latency, s", p95, float(np.quantile(found.latency_s, 0.95))],
+        ["joules a query", joules, float(np.mean(found.energy_j))],
     ]
 
 
@@ -261,27 +275,22 @@ def main() -> None:
         if arguments.save:
             arguments.save.write_bytes(msgspec.msgpack.encode(saved))
     live, asked, known = saved.live, saved.asked, saved.known
-    lost = [i for i in asked if i not in live.answer or i not in live.route]
+    lost = [i for i in (*asked, *saved.lone) if i not in live.answer or i not in live.route]
     if lost:
         print(f"{len(lost)} queries were not answered", file=sys.stderr)
         sys.exit(1)
-    if saved.calibration is not None:
-        Path("/tmp/fid_x.toml").write_text(as_toml(costs(live, saved.calibration, known.cards), "x"))
-        arguments.profile = arguments.profile or "/tmp/fid_x.toml"
-    result, names = simulate(live, asked, known, load_profile(arguments.profile))
-    rows = compare(live, asked, result, names)
+    profile = profile_of(arguments.profile, saved.calibration, live, known.cards)
     print_machine(machine())
-    print_table("live and simulated", ("figure", "live", "simulated", "difference"), rows)
-    factor, alone = pace(live, asked, result, names)
-    then, _ = simulate(live, asked, known, load_profile(arguments.profile).paced(factor))
-    print_table(
-        f"at the machine's pace during the trace: {factor:.2f} times the profile's, by {alone} queries alone",
-        ("figure", "live", "simulated", "difference"), compare(live, asked, then, names),
-    )  # fmt: skip
-    print_table("others", ("when", "share"), [list(x) for x in saved.others.items()])
-    print_table("beside", ("figure", "live", "simulated"), beside_the_point(live, asked, result))
+    columns = ("figure", "live", "simulated", "difference")
+    print_table("as the profile is", columns, compare(live, asked, simulate(saved, profile)))
+    factor, alone = pace(live, saved.lone, profile)
+    found = simulate(saved, profile.paced(factor))
+    rows = compare(live, asked, found)
+    print_table(f"at the machine's pace: {factor:.2f} times the profile's, by {alone} queries alone", columns, rows)
+    print_table("cores' time taken by others", ("when", "share"), list(saved.others.items()))
+    print_table("beside", columns[:3], beside_the_point(live, asked, found))
     print_table("live seconds, on average", ("part", "s"), parts(live, asked))
-    print(f"loads in the simulation: {result.loads}")
+    print(f"loads in the simulation: {found.loads}")
     if arguments.json:
         write_json(arguments.json, {"benchmark": "fidelity", "machine": machine(), "rows": rows})
     sys.exit(0 if all(abs(row[3]) <= WITHIN for row in rows) else 1)

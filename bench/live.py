@@ -44,7 +44,7 @@ class Asker:
     """Asks and listens on one connection."""
 
     def __init__(self, nc: Client, max_tokens: int) -> None:
-        self._nc, self._max_tokens = nc, max_tokens
+        self._nc, self.max_tokens = nc, max_tokens
         self._inbox = nc.new_inbox()
         self.live = Live()
         self._ended: dict[str, asyncio.Event] = {}
@@ -57,7 +57,7 @@ class Asker:
     async def ask(self, prompt: str, model: str | None = None, preference: m.Preference | None = None) -> str:
         """Publish a query; its id."""
         query_id = uuid.uuid4().hex
-        query: dict[str, Any] = {"prompt": prompt, "max_tokens": self._max_tokens, "deadline_s": 300, "id": query_id}
+        query: dict[str, Any] = {"prompt": prompt, "max_tokens": self.max_tokens, "deadline_s": 300, "id": query_id}
         if model is not None:
             query["model"] = model
         if preference is not None:
@@ -67,6 +67,11 @@ class Asker:
         self.live.at[query_id] = time.perf_counter()
         await self._nc.publish("calm.query", json.dumps(query).encode(), reply=f"{self._inbox}.{query_id}")
         return query_id
+
+    @property
+    def idle(self) -> bool:
+        """All that was asked has ended."""
+        return all(event.is_set() for event in self._ended.values())
 
     async def ended(self, query_id: str) -> None:
         async with asyncio.timeout(320):
