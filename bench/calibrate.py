@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ PAIRS = 4
 BESIDE = 2
 """Loads while another engine writes."""
 MOST_BESIDE = 4.0
+LOW = 0.1
+"""Quantile: what a machine takes by itself, for others at work only ever add to it."""
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,16 @@ def _turn_cost(live: Live, found: Mapping[str, Measured], pairs: Sequence[Sequen
         # The one that began to write last was not held up by the other's prompt.
         last = max(ids, key=lambda i: live.at[i] + _began(live.answer[i]))
         grown.append(_token_s(live.answer[last]) / steps)
-    return max(statistics.median(grown), 1.0) if grown else 1.0
+    return max(_low(grown), 1.0) if grown else 1.0
 
 
 def _load_beside(live: Live, cold: Mapping[str, Sequence[str]], beside_writing: Sequence[str]) -> float:
     def load_s(query_id: str) -> float:
         return float(live.answer[query_id]["timings"]["load_s"])
 
-    usual = {name: statistics.median(map(load_s, ids)) for name, ids in cold.items() if ids}
+    usual = {name: _low(map(load_s, ids)) for name, ids in cold.items() if ids}
     grown = [load_s(i) / usual[a] for i in beside_writing if (a := live.answer[i]["artifact"]) in usual]
-    return max(statistics.median(grown) - 1.0, 0.0) if grown else 0.0
+    return max(_low(grown) - 1.0, 0.0) if grown else 0.0
 
 
 def _measured(
@@ -175,9 +177,9 @@ def _measured(
     overhead_s: float,
 ) -> Measured:
     answers = [a for i in single if (a := live.answer[i])["usage"]["tokens_out"] > 1]
-    token_s = statistics.median(map(_token_s, answers))
+    token_s = _low(map(_token_s, answers))
     # The first token comes out of reading: its step is counted with the others.
-    prefill_s = statistics.median((a["timings"]["prefill_s"] - token_s) / read_tokens(a) for a in answers)
+    prefill_s = _low((a["timings"]["prefill_s"] - _token_s(a)) / read_tokens(a) for a in answers)
     alone = UnitCosts(
         prefill_s=max(prefill_s, 1e-6), tpot_s=token_s, slope=0.0, load_s=learned.load_s,
         prefill_j=learned.prefill_j, decode_j=learned.decode_j, load_j=learned.load_j, token_j=(0.0, learned.decode_j),
@@ -185,20 +187,25 @@ def _measured(
     # All that a load adds to an answer: orders and evictions before it, pages not touched yet after it.
     waits = [live.latency[i] - _alone_s(live.answer[i], alone) - overhead_s for i in cold]
     if waits:
-        load_s = max(statistics.median(waits), 1e-3)
+        load_s = max(_low(waits), 1e-3)
         alone = replace(alone, load_s=load_s, load_j=learned.load_j * load_s / learned.load_s)
     # Whoever began to write last wrote while nobody's prompt was read: that is what a batch costs.
-    last = [max((live.answer[i] for i in burst), key=_began) for burst in bursts]
-    batch = statistics.mean(_beside_last(live, burst) for burst in bursts)
-    slope = max(statistics.mean(map(_token_s, last)) / alone.tpot_s - 1.0, 0.0) / max(batch - 1.0, 1.0)
-    burst_s = statistics.mean(live.latency[i] for burst in bursts for i in burst)
+    burst = min(bursts, key=lambda ids: statistics.mean(live.latency[i] for i in ids))
+    last = max((live.answer[i] for i in burst), key=_began)
+    batch = _beside_last(live, burst)
+    slope = max(_token_s(last) / alone.tpot_s - 1.0, 0.0) / max(batch - 1.0, 1.0)
+    burst_s = statistics.mean(live.latency[i] for i in burst)
     low, high = 1.0, MOST_BESIDE
     for _ in range(20):  # and what is left of the time is what reading costs beside others
         middle = (low + high) / 2.0
         tried = replace(alone, slope=slope, beside=middle)
-        took = statistics.mean(_simulated_burst(live, burst, spec, tried, overhead_s) for burst in bursts)
+        took = _simulated_burst(live, burst, spec, tried, overhead_s)
         low, high = (middle, high) if took < burst_s else (low, middle)
     return Measured(replace(alone, slope=slope, beside=(low + high) / 2.0), burst_s)
+
+
+def _low(figures: Iterable[float]) -> float:
+    return float(np.quantile(list(figures), LOW))
 
 
 def _alone_s(answer: dict[str, Any], unit: UnitCosts) -> float:

@@ -146,7 +146,7 @@ def simulate(saved: Saved, profile: Profile) -> Simulated:
     """The same queries in virtual time, those in gaps among them."""
     live, known = saved.live, saved.known
     first, last = live.at[saved.asked[0]], live.at[saved.asked[-1]]
-    played = sorted({*saved.asked, *(i for i in saved.lone if first < live.at[i] < last)}, key=live.at.__getitem__)
+    played = sorted({*saved.asked, *(i for i in saved.lone if first <= live.at[i] <= last)}, key=live.at.__getitem__)
     answered = [
         recorded.Answered(
             live.at[i], live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
@@ -154,10 +154,11 @@ def simulate(saved: Saved, profile: Profile) -> Simulated:
         )
         for i in played
     ]  # fmt: skip
-    before = sorted((at, live.route[i]) for i, at in live.at.items() if at < live.at[played[0]] and i in live.route)
+    earlier = sorted((i for i, at in live.at.items() if at < first and i in live.route), key=live.at.__getitem__)
     built = recorded.build(
-        answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile, before
-    )
+        answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile,
+        [(live.at[i], live.route[i]) for i in earlier],
+    )  # fmt: skip
     result, names = recorded.simulate(built), built.fleet.names
     rows = [played.index(i) for i in saved.asked]
     return Simulated(
@@ -221,7 +222,9 @@ async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> Non
     """The command `measure`."""
     np.random.default_rng(arguments.seed + 1).shuffle(prompts)
     async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
+        began = used()
         asked = await calibrate(asking, iter(prompts), arguments.alone, arguments.loads)
+        others = used().others(began)
         found = costs(asking.asker.live, asked, asking.models.cards)
         device = asking.fleet.workers()[0].device
     arguments.write.write_text(as_toml(found, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8")
@@ -232,7 +235,7 @@ async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> Non
     titles = ("artifact", "prompt token, ms", "beside", "token, ms", "slope", "load, s", "burst, s")
     print_table(
         f"overhead {1e3 * found.overhead_s:.1f} ms, taking turns {found.turn_cost:.2f}, loads beside others"
-        f" {found.load_beside:+.2f}", titles, rows,
+        f" {found.load_beside:+.2f}; others took {100 * others:.0f} % of the cores", titles, rows,
     )  # fmt: skip
 
 
