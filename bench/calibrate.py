@@ -148,6 +148,25 @@ def costs(live: Live, asked: Calibration, cards: Mapping[str, m.Card]) -> Costs:
     return Costs(found, turn_cost, load_beside, overhead_s)
 
 
+def as_toml(found: Costs, description: str) -> str:
+    """A measured profile."""
+    lines = [
+        f"# Measured by `python -m bench.fidelity measure`: {description}.",
+        "# Each artifact alone; a load is all that waiting for it adds to an answer, with weights in the page cache.",
+        "# Joules are of stated powers.",
+        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
+        f"turn_cost = {found.turn_cost:.4g}", f"load_beside = {found.load_beside:.4g}",
+        f"overhead_s = {found.overhead_s:.4g}", "",
+    ]  # fmt: skip
+    for name, one in sorted(found.artifacts.items()):
+        figures = {
+            key: getattr(one.unit, key)
+            for key in ("prefill_s", "beside", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")
+        }
+        lines += [f'[artifacts."{name}"]', *(f"{key} = {value:.5g}" for key, value in figures.items()), ""]
+    return "\n".join(lines)
+
+
 def _turn_cost(live: Live, found: Mapping[str, Measured], pairs: Sequence[Sequence[str]]) -> float:
     grown = []
     for ids in pairs:

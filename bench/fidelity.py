@@ -31,11 +31,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.calibrate import Calibration, Costs, calibrate, costs
+from bench.calibrate import Calibration, as_toml, calibrate, costs
 from bench.e2e import read_prompts
 from bench.live import Live, beside, loaded, read_tokens, system
 from bench.others import used
-from bench.pace import in_gap, lone_queries, pace
+from bench.pace import Clock, in_gap, lone_queries, pace
 from bench.report import machine, print_machine, print_table, write_json
 from services.simulator import recorded
 from services.simulator.profile import Profile, load_profile, parse_profile
@@ -142,14 +142,15 @@ class Simulated:
     loads: int
 
 
-def simulate(saved: Saved, profile: Profile) -> Simulated:
-    """The same queries in virtual time, those in gaps among them."""
+def simulate(saved: Saved, profile: Profile, clock: Clock | None = None) -> Simulated:
+    """The same queries in virtual time, those in gaps among them; in the machine's own time with a clock."""
+    own, real = (clock.own, clock.real) if clock else (float, float)
     live, known = saved.live, saved.known
     first, last = live.at[saved.asked[0]], live.at[saved.asked[-1]]
     played = sorted({*saved.asked, *(i for i in saved.lone if first <= live.at[i] <= last)}, key=live.at.__getitem__)
     answered = [
         recorded.Answered(
-            live.at[i], live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
+            own(live.at[i]), live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
             live.preference.get(i, m.Preference()),
         )
         for i in played
@@ -157,14 +158,15 @@ def simulate(saved: Saved, profile: Profile) -> Simulated:
     earlier = sorted((i for i, at in live.at.items() if at < first and i in live.route), key=live.at.__getitem__)
     built = recorded.build(
         answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile,
-        [(live.at[i], live.route[i]) for i in earlier],
+        [(own(live.at[i]), live.route[i]) for i in earlier],
     )  # fmt: skip
     result, names = recorded.simulate(built), built.fleet.names
     rows = [played.index(i) for i in saved.asked]
-    return Simulated(
-        result.latency_s[rows].tolist(), result.hit[rows].tolist(), [names[result.model[k]] for k in rows],
-        result.energy_j[rows].tolist(), result.loads,
-    )  # fmt: skip
+    latency = [
+        real(own(live.at[i]) + float(result.latency_s[k])) - live.at[i] for i, k in zip(saved.asked, rows, strict=True)
+    ]
+    artifact, joules = [names[result.model[k]] for k in rows], result.energy_j[rows].tolist()
+    return Simulated(latency, result.hit[rows].tolist(), artifact, joules, result.loads)
 
 
 def compare(live: Live, asked: list[str], found: Simulated) -> list[tuple[str, float, float, float]]:
@@ -197,25 +199,6 @@ def parts(live: Live, asked: list[str]) -> list[list[Any]]:
     keys = ("queue_s", "load_s", "prefill_s", "decode_s")
     rows = [[key, float(np.mean([live.answer[i]["timings"][key] for i in asked]))] for key in keys]
     return [*rows, ["beside", float(np.mean([beside(live, i) for i in asked]))]]
-
-
-def as_toml(found: Costs, description: str) -> str:
-    """A measured profile."""
-    lines = [
-        f"# Measured by `python -m bench.fidelity measure`: {description}.",
-        "# Each artifact alone; a load is all that waiting for it adds to an answer, with weights in the page cache.",
-        "# Joules are of stated powers.",
-        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
-        f"turn_cost = {found.turn_cost:.4g}", f"load_beside = {found.load_beside:.4g}",
-        f"overhead_s = {found.overhead_s:.4g}", "",
-    ]  # fmt: skip
-    for name, one in sorted(found.artifacts.items()):
-        figures = {
-            key: getattr(one.unit, key)
-            for key in ("prefill_s", "beside", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")
-        }
-        lines += [f'[artifacts."{name}"]', *(f"{key} = {value:.5g}" for key, value in figures.items()), ""]
-    return "\n".join(lines)
 
 
 async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> None:
@@ -286,10 +269,13 @@ def main() -> None:
     print_machine(machine())
     columns = ("figure", "live", "simulated", "difference")
     print_table("as the profile is", columns, compare(live, asked, simulate(saved, profile)))
-    factor, alone = pace(live, saved.lone, profile)
-    found = simulate(saved, profile.paced(factor))
+    seen = pace(live, saved.lone, profile)
+    clock = Clock(seen, live.at[asked[0]], live.at[asked[-1]])
+    found = simulate(saved, profile.paced(clock.mean), clock)
     rows = compare(live, asked, found)
-    print_table(f"at the machine's pace: {factor:.2f} times the profile's, by {alone} queries alone", columns, rows)
+    print_table(
+        f"at the machine's pace: {clock.mean:.2f} times the profile's, by {len(seen.seen)} queries alone", columns, rows
+    )
     print_table("cores' time taken by others", ("when", "share"), list(saved.others.items()))
     print_table("beside", columns[:3], beside_the_point(live, asked, found))
     print_table("live seconds, on average", ("part", "s"), parts(live, asked))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.live import Live, System, loaded, read_tokens
 from services.simulator.profile import Profile
@@ -22,6 +24,10 @@ PAUSE_S = 0.25
 """Between looks at whether a gap can be used."""
 USUAL_IN = 100
 """Tokens of a prompt, to see what fits into a gap."""
+WIDTH_S = 10.0
+"""Of the kernel. Of 5, 10 and 20 the one that fitted best three runs that are not judged by it."""
+GRID_S, REACH_S = 0.25, 60.0
+Floats = NDArray[np.float64]
 
 
 def alone_s(profile: Profile, artifact: str, read: int, written: int) -> float:
@@ -30,11 +36,64 @@ def alone_s(profile: Profile, artifact: str, read: int, written: int) -> float:
     return read * unit.prefill_s + written * unit.tpot_s
 
 
-def pace(live: Live, ids: Sequence[str], profile: Profile) -> tuple[float, int]:
-    """(what was read and written took so many times what the profile says, queries), in the mean over those of `ids`
-    that found their model resident and met no other query. (1, 0) without any."""
+@dataclass(frozen=True)
+class Pace:
+    """What everything takes relative to a profile, over time: means of what was seen, the nearer in time the weightier
+    (a Gaussian kernel of `WIDTH_S`)."""
+
+    at: list[float]
+    """[n] seconds, in any clock."""
+    seen: list[float]
+    """[n] times the profile's."""
+
+    def of(self, times: Sequence[float]) -> Floats:
+        """[k] at these times; 1 where nothing was seen at all."""
+        t = np.asarray(times, float)
+        if not self.at:
+            return np.ones_like(t)
+        z = -0.5 * ((t[:, None] - np.array(self.at)) / WIDTH_S) ** 2
+        weight = np.exp(z - z.max(axis=1, keepdims=True))  # far from all, the nearest counts
+        return np.asarray((weight * self.seen).sum(axis=1) / weight.sum(axis=1))
+
+
+class Clock:
+    """The machine's own time: it passes as quickly as the machine is, and in the mean as real time from `first` to
+    `last`. What takes a constant time there takes a longer one where the machine is slow."""
+
+    def __init__(self, pace: Pace, first: float, last: float) -> None:
+        """Beyond `REACH_S` before and after the pace is taken to stay what it was."""
+        self._real = np.arange(first - REACH_S, last + REACH_S, GRID_S)
+        found = pace.of(self._real.tolist())
+        within = (self._real >= first) & (self._real <= last)
+        self.mean = float(len(found[within]) / (1.0 / found[within]).sum())
+        """Times the profile's, over that time: what is simulated in this clock is to be slower by so much."""
+        passed = GRID_S * self.mean / found
+        self._own = self._real[0] + np.concatenate([[0.0], np.cumsum(passed[:-1])])
+        self._rate = float(passed[0] / GRID_S), float(passed[-1] / GRID_S)
+
+    def own(self, real: float) -> float:
+        """The machine's time at this real time."""
+        return _mapped(real, self._real, self._own, self._rate)
+
+    def real(self, own: float) -> float:
+        """The real time at this time of the machine's."""
+        return _mapped(own, self._own, self._real, (1.0 / self._rate[0], 1.0 / self._rate[1]))
+
+
+def _mapped(x: float, xs: Floats, ys: Floats, rate: tuple[float, float]) -> float:
+    """Linear between points, and at a constant rate before the first and after the last."""
+    if x < xs[0]:
+        return float(ys[0] + (x - xs[0]) * rate[0])
+    if x > xs[-1]:
+        return float(ys[-1] + (x - xs[-1]) * rate[1])
+    return float(np.interp(x, xs, ys))
+
+
+def pace(live: Live, ids: Sequence[str], profile: Profile) -> Pace:
+    """What reading and writing took relative to the profile, for those of `ids` that found their model resident and met
+    no other query."""
     ends = {i: at + live.latency[i] for i, at in live.at.items() if i in live.latency}
-    found = []
+    found = Pace([], [])
     for i in ids:
         met = any(live.at[j] < ends[i] and end > live.at[i] for j, end in ends.items() if j != i)
         if met or loaded(live, i):
@@ -42,8 +101,9 @@ def pace(live: Live, ids: Sequence[str], profile: Profile) -> tuple[float, int]:
         answer = live.answer[i]
         t, usage = answer["timings"], answer["usage"]
         usual = alone_s(profile, answer["artifact"], read_tokens(answer), usage["tokens_out"])
-        found.append((t["prefill_s"] + t["decode_s"]) / usual)
-    return (float(np.mean(found)), len(found)) if found else (1.0, 0)
+        found.at.append((live.at[i] + ends[i]) / 2.0)
+        found.seen.append((t["prefill_s"] + t["decode_s"]) / usual)
+    return found
 
 
 def fitting(gap_s: float, usual_s: Mapping[str, float], asked: Mapping[str, int]) -> str | None:
