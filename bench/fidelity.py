@@ -106,10 +106,10 @@ async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
         await asyncio.sleep(SETTLE_S)
         marks.append(used())
         state, qos = asking.fleet.workers(), await asking.qos()
-        asked, in_gaps = list[str](), dict[str, int]()
+        asked, in_gaps = list[str](), list[str]()
         start = time.perf_counter()
         for prompt, due, preference in zip(prompts, at, wants, strict=True):
-            lone += await in_gap(asking, start + due, others, profile, in_gaps)
+            in_gaps += await in_gap(asking, start + due, others, profile, in_gaps)
             asked.append(await asker.ask(prompt, preference=preference))
             print(f"\r{len(asked)} of {len(prompts)} asked", end="", file=sys.stderr, flush=True)
         await asyncio.gather(*(asker.ended(query_id) for query_id in asked))
@@ -118,7 +118,7 @@ async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
         print(file=sys.stderr)
         assert asking.models.policy is not None
         known = Known(dict(asking.models.cards), asking.models.policy, state, qos)
-        lone += await lone_queries(asking, others, arguments.alone)
+        lone += in_gaps + await lone_queries(asking, others, arguments.alone)
         marks.append(used())
         shares = [now.others(before) for before, now in itertools.pairwise(marks)]
         return Saved(asker.live, asked, known, calibration, lone, dict(zip(PHASES, shares, strict=True)))

@@ -7,7 +7,9 @@ in queries of known cost that are not judged: directly before the trace, in its 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,8 @@ from shared import messages as m
 
 MARGIN = 2.5
 """A gap is used that is so many times as long as the query takes by the profile: a slow machine shows there too."""
+EVERY_S = 2.0
+"""At least, between queries in gaps: the trace is to find the system as it would be without them."""
 PAUSE_S = 0.25
 """Between looks at whether a gap can be used."""
 USUAL_IN = 100
@@ -127,19 +131,21 @@ async def lone_queries(asking: System, prompts: Iterator[str], each: int) -> lis
 
 
 async def in_gap(
-    asking: System, due: float, prompts: Iterator[str], profile: Profile, asked: dict[str, int]
+    asking: System, due: float, prompts: Iterator[str], profile: Profile, before: Sequence[str]
 ) -> list[str]:
-    """Wait until `due`, asking resident artifacts meanwhile whenever nothing is under way and a query fits. `asked`
-    counts them by artifact."""
-    found, cards = list[str](), _cards(asking)
+    """Wait until `due`, asking resident artifacts meanwhile whenever nothing is under way and a query fits. `before`:
+    those asked in earlier gaps."""
+    live, found, cards = asking.asker.live, list[str](), _cards(asking)
+    asked = Counter(live.answer[i]["artifact"] for i in before if i in live.answer)
+    last = live.at[before[-1]] if before else -math.inf
     while (left := due - time.perf_counter()) > 0.0:
         name = None
-        if asking.asker.idle:
+        if asking.asker.idle and time.perf_counter() - last >= EVERY_S:
             held = {e.artifact for w in asking.fleet.workers() for e in w.engines if e.state == "ready"} & set(cards)
             usual = {name: alone_s(profile, name, USUAL_IN, asking.asker.max_tokens) for name in held}
             name = fitting(left, usual, asked)
         if name is not None:
-            asked[name] = asked.get(name, 0) + 1
             found.append(await asking.asker.ask(next(prompts), cards[name].name))
+            asked[name], last = asked[name] + 1, live.at[found[-1]]
         await asyncio.sleep(min(left, PAUSE_S))
     return found
