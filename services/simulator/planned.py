@@ -73,7 +73,7 @@ class Planned:
 
     def __init__(
         self,
-        utilities: Callable[[int, int], Array],
+        utilities: Callable[[int, int], Array | None],
         load_cost: Sequence[float],
         arrival_s: Array,
         *,
@@ -85,7 +85,7 @@ class Planned:
     ) -> None:
         """
         Args:
-            utilities: (query, chosen model) -> [m] row for the outlook.
+            utilities: (query, chosen model) -> [m] row for the outlook; none of a query that has no choice.
             load_cost: [m] utility that a load costs by itself.
             arrival_s: [n], for the clairvoyant only.
             order: preference for the memory at the start.
@@ -139,7 +139,9 @@ class Planned:
         }
 
     def routed(self, sim: Simulation, i: int, model: int, now: float) -> None:
-        self._outlook.seen(now, self._utilities(i, model))
+        row = self._utilities(i, model)
+        if row is not None:
+            self._outlook.seen(now, row)
         name = sim.fleet.names[model]
         tokens_in, tokens_out = sim.scoring.service_tokens[model]
         unit = sim.planned_with[model][self._first[model]]
@@ -169,7 +171,8 @@ class Planned:
         if options.foresight_s:
             first, last = np.searchsorted(self._arrival_s, (now, now + options.foresight_s))
             picked = range(first, last, max(1, (last - first) // 512))
-            rows = [self._utilities(i, -1 if self._choices is None else int(self._choices[i])) for i in picked]
+            found = (self._utilities(i, -1 if self._choices is None else int(self._choices[i])) for i in picked)
+            rows = [row for row in found if row is not None]
             u = np.array(rows) if rows else np.zeros((0, sim.models))
             rates = np.full(len(u), (last - first) / max(len(u), 1) / options.foresight_s)
         else:

@@ -279,9 +279,11 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
     return simulation.run()
 
 
-def _warm_row(r: Recorded, scoring: Fleet, weights: Weights, i: int) -> Array:
+def _warm_row(r: Recorded, scoring: Fleet, weights: Weights, i: int) -> Array | None:
     """[artifacts] for the outlook, as `outlook.warm_row` makes it live: what each would be worth, were it resident and
-    free, at the batch that it has now."""
+    free, at the batch that it has now. None when the query left no choice."""
+    if np.isfinite(r.quality[i]).sum() < 2:
+        return None
     worker = np.argmax(r.fleet.fits, axis=1)
     rows = np.arange(len(worker))
     costs, tokens_in, tokens_out = scoring.costs, float(r.tokens_in[i]), r.tokens_out[i]
