@@ -29,6 +29,8 @@ from shared.errors import DataInvalid
 from shared.utility import LN2
 
 Array = NDArray[Any]
+TICK_S = 0.25
+"""Between the placement's plans while queries are under way, as live."""
 UNUSABLE = -10.0
 """Utility in the outlook of an artifact that a query could not have gone to."""
 
@@ -262,7 +264,9 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
             r.work.arrival_s,
             order=(),
             second_cost=policy.w_latency * slope_of_penalty(policy.latency_slo_s),
-            options=Options(min_residence_s=policy.min_residence_s, max_wait_s=policy.max_wait_s, tick_s=0.5),
+            options=Options(
+                min_residence_s=policy.min_residence_s, max_wait_s=policy.max_wait_s, tick_s=TICK_S, at_once=True
+            ),
             before=_before(r),
         )
     elif residency in ON_DEMAND:
