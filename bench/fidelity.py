@@ -14,7 +14,8 @@ resident models; residency and routing are the planner's own code in both. `agai
 Mean latency, residency hits and the models' shares are to agree within 15 %. A machine that others use too is not as
 quick as when its profile was taken: so the profile's times are multiplied by the machine's pace (`bench.pace`), which
 is seen in other queries, asked alone directly before the trace, in its quiet gaps, and directly after it. Those in gaps
-are simulated with the trace, and not judged. The first table is without any pace.
+are simulated with the trace, and not judged. The first table is without any pace; a third has the models chosen that
+answered live, for where two are worth the same to a query, a load and all that waits for it hang on a coin.
 """
 
 from __future__ import annotations
@@ -142,8 +143,9 @@ class Simulated:
     loads: int
 
 
-def simulate(saved: Saved, profile: Profile, clock: Clock | None = None) -> Simulated:
-    """The same queries in virtual time, those in gaps among them; in the machine's own time with a clock."""
+def simulate(saved: Saved, profile: Profile, clock: Clock | None = None, chosen: bool = False) -> Simulated:
+    """The same queries in virtual time, those in gaps among them; in the machine's own time with a clock. `chosen`:
+    each by the artifact that answered it live."""
     own, real = (clock.own, clock.real) if clock else (float, float)
     live, known = saved.live, saved.known
     first, last = live.at[saved.asked[0]], live.at[saved.asked[-1]]
@@ -160,7 +162,9 @@ def simulate(saved: Saved, profile: Profile, clock: Clock | None = None) -> Simu
         answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile,
         [(own(live.at[i]), live.route[i]) for i in earlier],
     )  # fmt: skip
-    result, names = recorded.simulate(built), built.fleet.names
+    names = list(built.fleet.names)
+    choices = [names.index(live.answer[i]["artifact"]) for i in played] if chosen else None
+    result = recorded.simulate(built, choices=choices)
     rows = [played.index(i) for i in saved.asked]
     latency = [
         real(own(live.at[i]) + float(result.latency_s[k])) - live.at[i] for i, k in zip(saved.asked, rows, strict=True)
@@ -276,6 +280,8 @@ def main() -> None:
     print_table(
         f"at the machine's pace: {clock.mean:.2f} times the profile's, by {len(seen.seen)} queries alone", columns, rows
     )
+    same = compare(live, asked, simulate(saved, profile.paced(clock.mean), clock, chosen=True))
+    print_table("the same with the live choices of models", columns, same[:2])
     print_table("cores' time taken by others", ("when", "share"), list(saved.others.items()))
     print_table("beside", columns[:3], beside_the_point(live, asked, found))
     print_table("live seconds, on average", ("part", "s"), parts(live, asked))

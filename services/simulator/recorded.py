@@ -17,12 +17,12 @@ from services.planner.decide.routing import weights_of
 from services.planner.decide.scoring import Fleet, Weights, slope_of_penalty
 from services.simulator import telemetry
 from services.simulator.beliefs import Beliefs
-from services.simulator.engine import Residency, Result, Simulation, Workload
+from services.simulator.engine import Residency, Result, Router, Simulation, Workload
 from services.simulator.fleet import SimFleet, SimModel
 from services.simulator.planned import Options, Planned
 from services.simulator.profile import Profile, UnitCosts
 from services.simulator.residency import ON_DEMAND
-from services.simulator.routers import Scored
+from services.simulator.routers import Fixed, Scored
 from services.simulator.telemetry import Run
 from shared import messages as m
 from shared.errors import DataInvalid
@@ -246,8 +246,9 @@ def _predicted(ordered: Sequence[Answered], column: Mapping[str, int]) -> tuple[
     return found, quality[kept], tokens[kept], counted[kept]
 
 
-def simulate(recorded: Recorded, residency: str = "planned") -> Result:
-    """What would have happened. `residency` is `planned` (the planner's), `lru`, `lfu` or `gdsf`.
+def simulate(recorded: Recorded, residency: str = "planned", choices: Sequence[int] | None = None) -> Result:
+    """What would have happened. `residency` is `planned` (the planner's), `lru`, `lfu` or `gdsf`; `choices`: [n]
+    artifacts that answered, in place of routing.
 
     Scores of the result are predicted quality: nobody has judged answers that were not given.
 
@@ -275,7 +276,11 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
         raise DataInvalid(
             f"There is no residency policy {residency!r}.", f"Use planned, {', '.join(sorted(ON_DEMAND))}."
         )
-    router = Scored(r.quality, r.tokens_in, r.tokens_out, policy if own is None else own)
+    router: Router = (
+        Scored(r.quality, r.tokens_in, r.tokens_out, policy if own is None else own)
+        if choices is None
+        else Fixed(np.array(choices, np.int64))
+    )
     simulation = Simulation(r.fleet, r.work, router, keeper, beliefs=r.beliefs() if r.beliefs else None)
     for worker, models in enumerate(r.resident):
         for model in models:

@@ -134,6 +134,7 @@ def test_a_replay_learns_from_what_it_sees_and_knows_what_was_before() -> None:
     assert learned[0] == 0, "what is believed to be quick is asked first"
     assert (learned[10:] == 1).all(), "and left when it is not"
     assert (learned == 1).sum() > (frozen == 1).sum()
+    assert recorded.simulate(built, choices=[1, 0] * 15).model.tolist() == [1, 0] * 15
 
 
 def test_loads_of_a_host_run_side_by_side_and_those_of_a_drive_in_turn() -> None:
