@@ -5,21 +5,24 @@
     python -m bench.fidelity again --saved FILE [--profile cpu]
 
 `measure` starts the system and writes a profile of what its models cost alone: loading, reading, writing, and how much
-slower a batch writes. `run` starts it anew and plays a trace: Poisson arrivals from three kinds of clients (the fleet's
-own weights; quality first; latency first) whose shares change twice, so that several models are wanted and, in the
-embedded fleet's memory, must be loaded and evicted. The same arrivals, with the qualities that the live planner
-predicted and the lengths that were really written, are then simulated from the same resident models; residency and
-routing are the planner's own code in both. `again` repeats the simulation of a saved run.
+slower a batch writes. `run` starts it anew (without `--profile` it measures first) and plays a trace: Poisson arrivals
+from three kinds of clients (the fleet's own weights; quality first; latency first) whose shares change twice, so that
+several models are wanted and, in the embedded fleet's memory, must be loaded and evicted. The same arrivals, with the
+qualities that the live planner predicted and the lengths that were really written, are then simulated from the same
+resident models; residency and routing are the planner's own code in both. `again` simulates a saved run once more.
 
-Mean latency, residency hits and the models' shares are to agree within 15 %. Where the machine is not as quick as when
-its profile was taken, that alone may be more: how much is seen in queries that met nobody else, live and simulated, and
-a second table has the profile's times multiplied by it. What others at work, loads and choices do is judged by that.
+Mean latency, residency hits and the models' shares are to agree within 15 %. A machine that others use too is not as
+quick as when its profile was taken: so the profile's times are multiplied by the machine's pace (`bench.pace`), which
+is seen in other queries, asked alone directly before the trace, in its quiet gaps, and directly after it. Those in gaps
+are simulated with the trace, and not judged. The first table is without any pace; a third has the models chosen that
+answered live, for where two are worth the same to a query, a load and all that waits for it hang on a coin.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -29,15 +32,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from bench.calibrate import Calibration, as_toml, calibrate, costs
 from bench.e2e import read_prompts
-from bench.live import HIT_S, Live, Measured, Shared, beside, measure, read_tokens, system
+from bench.live import Live, beside, loaded, read_tokens, system
+from bench.others import used
+from bench.pace import Clock, in_gap, lone_queries, pace
 from bench.report import machine, print_machine, print_table, write_json
 from services.simulator import recorded
-from services.simulator.engine import Result
-from services.simulator.profile import Profile, load_profile
+from services.simulator.profile import Profile, load_profile, parse_profile
 from shared import messages as m
 
 WITHIN = 0.15
+PHASES = ("before", "trace", "after")
 SETTLE_S = 2.0
 """After the last answer: the figures of the last answers are learned by then."""
 CLIENTS = (
@@ -68,6 +74,12 @@ class Saved:
     live: Live
     asked: list[str]
     known: Known
+    calibration: Calibration | None
+    """Made before the trace, where no profile was given."""
+    lone: list[str]
+    """Queries asked alone, for the machine's pace: before the trace, in its gaps, after it."""
+    others: dict[str, float]
+    """Share of the cores that other processes took: while calibrating, during the trace, while calibrating again."""
 
 
 def clients(count: int, rng: np.random.Generator) -> list[m.Preference]:
@@ -80,80 +92,109 @@ async def record(arguments: argparse.Namespace, prompts: list[str]) -> Saved:
     """Play the trace."""
     rng = np.random.default_rng(arguments.seed)
     rng.shuffle(prompts)
-    warm, prompts = prompts[:8], prompts[8 : 8 + arguments.count]
+    warm, others, prompts = prompts[:8], iter(prompts[8 + arguments.count :]), prompts[8 : 8 + arguments.count]
     at = np.cumsum(rng.exponential(1.0 / arguments.rate, len(prompts))).tolist()
     wants = clients(len(prompts), rng)
     async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
         asker = asking.asker
         for prompt, card in zip(warm, asking.models.cards, strict=False):  # the first queries of a system are slower
             await asker.alone(prompt, card)
+        marks, calibration = [used()], None
+        if not arguments.profile:
+            calibration = await calibrate(asking, others, arguments.alone, arguments.loads)
+        profile = profile_of(arguments.profile, calibration, asker.live, asking.models.cards)
+        lone = await lone_queries(asking, others, arguments.alone)
         await asyncio.sleep(SETTLE_S)
+        marks.append(used())
         state, qos = asking.fleet.workers(), await asking.qos()
-        asked: list[str] = []
+        asked, in_gaps = list[str](), list[str]()
         start = time.perf_counter()
         for prompt, due, preference in zip(prompts, at, wants, strict=True):
-            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+            in_gaps += await in_gap(asking, start + due, others, profile, in_gaps)
             asked.append(await asker.ask(prompt, preference=preference))
             print(f"\r{len(asked)} of {len(prompts)} asked", end="", file=sys.stderr, flush=True)
         await asyncio.gather(*(asker.ended(query_id) for query_id in asked))
+        marks.append(used())
         await asyncio.sleep(SETTLE_S)
         print(file=sys.stderr)
         assert asking.models.policy is not None
         known = Known(dict(asking.models.cards), asking.models.policy, state, qos)
-        return Saved(asker.live, asked, known)
+        lone += in_gaps + await lone_queries(asking, others, arguments.alone)
+        marks.append(used())
+        shares = [now.others(before) for before, now in itertools.pairwise(marks)]
+        return Saved(asker.live, asked, known, calibration, lone, dict(zip(PHASES, shares, strict=True)))
 
 
-def simulate(live: Live, asked: list[str], known: Known, profile: Profile) -> tuple[Result, list[str]]:
-    """The same queries in virtual time."""
+def profile_of(name: str, calibration: Calibration | None, live: Live, cards: dict[str, m.Card]) -> Profile:
+    """The profile named, else that of the calibration."""
+    if name or calibration is None:
+        return load_profile(name or "cpu")
+    return parse_profile(as_toml(costs(live, calibration, cards), "as calibrated"))
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What became of the judged queries in virtual time, [n] each."""
+
+    latency_s: list[float]
+    hit: list[bool]
+    artifact: list[str]
+    energy_j: list[float]
+    loads: int
+
+
+def simulate(saved: Saved, profile: Profile, clock: Clock | None = None, chosen: bool = False) -> Simulated:
+    """The same queries in virtual time, those in gaps among them; in the machine's own time with a clock. `chosen`:
+    each by the artifact that answered it live."""
+    own, real = (clock.own, clock.real) if clock else (float, float)
+    live, known = saved.live, saved.known
+    first, last = live.at[saved.asked[0]], live.at[saved.asked[-1]]
+    played = sorted({*saved.asked, *(i for i in saved.lone if first <= live.at[i] <= last)}, key=live.at.__getitem__)
     answered = [
         recorded.Answered(
-            live.at[i], live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
+            own(live.at[i]), live.route[i], read_tokens(live.answer[i]), live.answer[i]["usage"]["tokens_out"],
             live.preference.get(i, m.Preference()),
         )
-        for i in asked
+        for i in played
     ]  # fmt: skip
-    before = [(live.at[i], route) for i, route in live.route.items() if i in live.at and i not in set(asked)]
+    earlier = sorted((i for i, at in live.at.items() if at < first and i in live.route), key=live.at.__getitem__)
     built = recorded.build(
         answered, known.cards, known.workers, known.qos, known.policy, profile.overhead_s, profile,
-        sorted(before, key=lambda one: one[0]),
+        [(own(live.at[i]), live.route[i]) for i in earlier],
     )  # fmt: skip
-    return recorded.simulate(built), list(built.fleet.names)
+    names = list(built.fleet.names)
+    choices = [names.index(live.answer[i]["artifact"]) for i in played] if chosen else None
+    result = recorded.simulate(built, choices=choices)
+    rows = [played.index(i) for i in saved.asked]
+    latency = [
+        real(own(live.at[i]) + float(result.latency_s[k])) - live.at[i] for i, k in zip(saved.asked, rows, strict=True)
+    ]
+    artifact, joules = [names[result.model[k]] for k in rows], result.energy_j[rows].tolist()
+    return Simulated(latency, result.hit[rows].tolist(), artifact, joules, result.loads)
 
 
-def compare(live: Live, asked: list[str], result: Result, names: list[str]) -> list[tuple[str, float, float, float]]:
+def compare(live: Live, asked: list[str], found: Simulated) -> list[tuple[str, float, float, float]]:
     """(what, live, simulated, difference): relative for latency, absolute for shares."""
-    latency = float(np.mean([live.latency[i] for i in asked]))
-    hits = float(np.mean([live.answer[i]["timings"]["load_s"] < HIT_S for i in asked]))
-    simulated = float(result.latency_s.mean())
-    rows = [("mean latency, s", latency, simulated, simulated / latency - 1.0)]
-    rows.append(("residency hits", hits, float(result.hit.mean()), float(result.hit.mean()) - hits))
-    for column, name in enumerate(names):
-        share = float(np.mean([live.answer[i]["artifact"] == name for i in asked]))
-        mine = float(np.mean(result.model == column))
+    latency, simulated = float(np.mean([live.latency[i] for i in asked])), float(np.mean(found.latency_s))
+    hits, hit = float(np.mean([not loaded(live, i) for i in asked])), float(np.mean(found.hit))
+    rows = [
+        ("mean latency, s", latency, simulated, simulated / latency - 1.0),
+        ("residency hits", hits, hit, hit - hits),
+    ]
+    answered = [live.answer[i]["artifact"] for i in asked]
+    for name in sorted({*answered, *found.artifact}):
+        share, mine = answered.count(name) / len(asked), found.artifact.count(name) / len(asked)
         rows.append((f"share of {name}", share, mine, mine - share))
     return rows
 
 
-def pace(live: Live, asked: list[str], result: Result, names: list[str]) -> tuple[float, int]:
-    """(live latency over simulated, how many): median over queries that had the system to themselves, whose model was
-    resident, and which the same model answered in both."""
-    ends = [live.at[i] + live.latency[i] for i in asked]
-    found = []
-    for k, i in enumerate(asked):
-        alone = (k == 0 or max(ends[:k]) < live.at[i]) and (k + 1 == len(asked) or ends[k] < live.at[asked[k + 1]])
-        warm = bool(result.hit[k]) and live.answer[i]["timings"]["load_s"] < HIT_S
-        if alone and warm and names[result.model[k]] == live.answer[i]["artifact"]:
-            found.append(live.latency[i] / float(result.latency_s[k]))
-    return (float(np.median(found)), len(found)) if found else (1.0, 0)
-
-
-def beside_the_point(live: Live, asked: list[str], result: Result) -> list[list[Any]]:
+def beside_the_point(live: Live, asked: list[str], found: Simulated) -> list[list[Any]]:
     """Figures that no bound is set for."""
     p95 = float(np.quantile([live.latency[i] for i in asked], 0.95))
     joules = float(np.mean([live.answer[i]["energy"]["joules"] for i in asked]))
     return [
-        ["p95 latency, s", p95, float(np.quantile(result.latency_s, 0.95))],
-        ["joules a query", joules, float(result.energy_j.mean())],
+        ["p95 latency, s", p95, float(np.quantile(found.latency_s, 0.95))],
+        ["joules a query", joules, float(np.mean(found.energy_j))],
     ]
 
 
@@ -164,42 +205,24 @@ def parts(live: Live, asked: list[str]) -> list[list[Any]]:
     return [*rows, ["beside", float(np.mean([beside(live, i) for i in asked]))]]
 
 
-def as_toml(found: dict[str, Measured], shared: Shared, overhead_s: float, description: str) -> str:
-    """A measured profile."""
-    lines = [
-        f"# Measured by `python -m bench.fidelity measure`: {description}.",
-        "# Each artifact alone; a load is all that waiting for it adds to an answer, with weights in the page cache.",
-        "# Joules are of stated powers.",
-        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
-        f"turn_cost = {shared.turn_cost:.4g}", f"load_beside = {shared.load_beside:.4g}",
-        f"overhead_s = {overhead_s:.4g}", "",
-    ]  # fmt: skip
-    for name, one in sorted(found.items()):
-        figures = {
-            key: getattr(one.unit, key)
-            for key in ("prefill_s", "beside", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")
-        }
-        lines += [f'[artifacts."{name}"]', *(f"{key} = {value:.5g}" for key, value in figures.items()), ""]
-    return "\n".join(lines)
-
-
 async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """The command `measure`."""
     np.random.default_rng(arguments.seed + 1).shuffle(prompts)
     async with system(arguments.workers, arguments.fleet, arguments.memory, arguments.max_tokens) as asking:
-        found, shared, overhead_s = await measure(asking, prompts, arguments.alone, arguments.loads)
+        began = used()
+        asked = await calibrate(asking, iter(prompts), arguments.alone, arguments.loads)
+        others = used().others(began)
+        found = costs(asking.asker.live, asked, asking.models.cards)
         device = asking.fleet.workers()[0].device
-    arguments.write.write_text(
-        as_toml(found, shared, overhead_s, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8"
-    )
+    arguments.write.write_text(as_toml(found, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8")
     rows = [
         [name, 1e3 * x.unit.prefill_s, x.unit.beside, 1e3 * x.unit.tpot_s, x.unit.slope, x.unit.load_s, x.burst_s]
-        for name, x in found.items()
+        for name, x in found.artifacts.items()
     ]
     titles = ("artifact", "prompt token, ms", "beside", "token, ms", "slope", "load, s", "burst, s")
     print_table(
-        f"overhead {1e3 * overhead_s:.1f} ms, taking turns {shared.turn_cost:.2f}, loads beside others"
-        f" {shared.load_beside:+.2f}", titles, rows,
+        f"overhead {1e3 * found.overhead_s:.1f} ms, taking turns {found.turn_cost:.2f}, loads beside others"
+        f" {found.load_beside:+.2f}; others took {100 * others:.0f} % of the cores", titles, rows,
     )  # fmt: skip
 
 
@@ -213,10 +236,10 @@ def arguments_of() -> argparse.Namespace:
     live.add_argument("--fleet", default="embedded")
     live.add_argument("--memory", default="", help="budget of each worker")
     live.add_argument("--seed", type=int, default=0)
+    live.add_argument("--alone", type=int, default=3, help="calibrating: questions one at a time, each model and load")
+    live.add_argument("--loads", type=int, default=3, help="calibrating: loads of each model, where they make room")
     one = commands.add_parser("measure", parents=[live], help="write this machine's profile")
     one.add_argument("--write", type=Path, required=True)
-    one.add_argument("--alone", type=int, default=3, help="questions one at a time, for each model and load")
-    one.add_argument("--loads", type=int, default=3, help="loads of each model, where memory does not hold all")
     two = commands.add_parser("run", parents=[live], help="a trace, live and simulated")
     two.add_argument("--count", type=int, default=60)
     two.add_argument("--rate", type=float, default=0.8, help="arrivals per second")
@@ -224,7 +247,7 @@ def arguments_of() -> argparse.Namespace:
     three = commands.add_parser("again", help="simulate a saved run")
     three.add_argument("--saved", type=Path, required=True)
     for command in (two, three):
-        command.add_argument("--profile", default="cpu", help="name or file")
+        command.add_argument("--profile", default="", help="name or file")
         command.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -242,23 +265,27 @@ def main() -> None:
         if arguments.save:
             arguments.save.write_bytes(msgspec.msgpack.encode(saved))
     live, asked, known = saved.live, saved.asked, saved.known
-    lost = [i for i in asked if i not in live.answer or i not in live.route]
+    lost = [i for i in (*asked, *saved.lone) if i not in live.answer or i not in live.route]
     if lost:
         print(f"{len(lost)} queries were not answered", file=sys.stderr)
         sys.exit(1)
-    result, names = simulate(live, asked, known, load_profile(arguments.profile))
-    rows = compare(live, asked, result, names)
+    profile = profile_of(arguments.profile, saved.calibration, live, known.cards)
     print_machine(machine())
-    print_table("live and simulated", ("figure", "live", "simulated", "difference"), rows)
-    factor, alone = pace(live, asked, result, names)
-    then, _ = simulate(live, asked, known, load_profile(arguments.profile).paced(factor))
+    columns = ("figure", "live", "simulated", "difference")
+    print_table("as the profile is", columns, compare(live, asked, simulate(saved, profile)))
+    seen = pace(live, saved.lone, profile)
+    clock = Clock(seen, live.at[asked[0]], live.at[asked[-1]])
+    found = simulate(saved, profile.paced(clock.mean), clock)
+    rows = compare(live, asked, found)
     print_table(
-        f"at the machine's pace during the trace: {factor:.2f} times the profile's, by {alone} queries alone",
-        ("figure", "live", "simulated", "difference"), compare(live, asked, then, names),
-    )  # fmt: skip
-    print_table("beside", ("figure", "live", "simulated"), beside_the_point(live, asked, result))
+        f"at the machine's pace: {clock.mean:.2f} times the profile's, by {len(seen.seen)} queries alone", columns, rows
+    )
+    same = compare(live, asked, simulate(saved, profile.paced(clock.mean), clock, chosen=True))
+    print_table("the same with the live choices of models", columns, same[:2])
+    print_table("cores' time taken by others", ("when", "share"), list(saved.others.items()))
+    print_table("beside", columns[:3], beside_the_point(live, asked, found))
     print_table("live seconds, on average", ("part", "s"), parts(live, asked))
-    print(f"loads in the simulation: {result.loads}")
+    print(f"loads in the simulation: {found.loads}")
     if arguments.json:
         write_json(arguments.json, {"benchmark": "fidelity", "machine": machine(), "rows": rows})
     sys.exit(0 if all(abs(row[3]) <= WITHIN for row in rows) else 1)

@@ -1,30 +1,22 @@
-"""Asks a running system, keeps what came of each query, and measures what its models cost alone on this machine."""
+"""Asks a running system and keeps what came of each query."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 import nats
-import numpy as np
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from bench.system import running
-from services.planner.decide import cost
-from services.simulator.engine import Simulation, Workload
-from services.simulator.fleet import SimFleet, SimModel
-from services.simulator.profile import UnitCosts
-from services.simulator.residency import Fixed
-from services.simulator.routers import Fixed as Always
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus
@@ -33,13 +25,6 @@ from shared.views import FleetView, ModelsView
 
 HIT_S = 0.05
 """An answer that waited less than this for its model found it resident."""
-BURST = 6
-"""Queries at once, to see what a batch costs."""
-PAIRS = 4
-"""Times that two engines are asked at once."""
-BESIDE = 2
-"""Loads while another engine writes."""
-MOST_BESIDE = 4.0
 
 
 @dataclass
@@ -59,7 +44,7 @@ class Asker:
     """Asks and listens on one connection."""
 
     def __init__(self, nc: Client, max_tokens: int) -> None:
-        self._nc, self._max_tokens = nc, max_tokens
+        self._nc, self.max_tokens = nc, max_tokens
         self._inbox = nc.new_inbox()
         self.live = Live()
         self._ended: dict[str, asyncio.Event] = {}
@@ -72,7 +57,7 @@ class Asker:
     async def ask(self, prompt: str, model: str | None = None, preference: m.Preference | None = None) -> str:
         """Publish a query; its id."""
         query_id = uuid.uuid4().hex
-        query: dict[str, Any] = {"prompt": prompt, "max_tokens": self._max_tokens, "deadline_s": 300, "id": query_id}
+        query: dict[str, Any] = {"prompt": prompt, "max_tokens": self.max_tokens, "deadline_s": 300, "id": query_id}
         if model is not None:
             query["model"] = model
         if preference is not None:
@@ -82,6 +67,11 @@ class Asker:
         self.live.at[query_id] = time.perf_counter()
         await self._nc.publish("calm.query", json.dumps(query).encode(), reply=f"{self._inbox}.{query_id}")
         return query_id
+
+    @property
+    def idle(self) -> bool:
+        """All that was asked has ended."""
+        return all(event.is_set() for event in self._ended.values())
 
     async def ended(self, query_id: str) -> None:
         async with asyncio.timeout(320):
@@ -160,116 +150,8 @@ async def system(workers: int, fleet: str, memory: str, max_tokens: int) -> Asyn
             await bus.close()
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What an artifact took alone, and in a batch."""
-
-    unit: UnitCosts
-    burst_s: float
-    """Mean latency of `BURST` queries at once."""
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the cores of a device take when several are at work there: `profile.turn_cost`, `profile.load_beside`."""
-
-    turn_cost: float = 1.0
-    load_beside: float = 0.0
-
-
-async def measure(
-    asking: System, prompts: Sequence[str], alone: int, loads: int
-) -> tuple[dict[str, Measured], Shared, float]:
-    """Unit costs of each artifact on this machine, what sharing its cores costs, and seconds of overhead a query.
-
-    Each artifact is asked `alone` questions one at a time and `BURST` at once, twice. Then whatever is not resident is
-    asked for, what was loaded least first, until each has been loaded `loads` times: in memory that does not hold
-    all, most loads make room as they do in use. At last two engines that are resident together are asked at once, and
-    one is loaded while the other writes. No prompt is asked twice: its beginning would lie in the cache.
-    """
-    asker, live = asking.asker, asking.asker.live
-    cards = {card.artifact.name: card for card in asking.models.cards.values()}
-    fresh = iter(prompts)
-    single: dict[str, list[str]] = {name: [] for name in cards}
-    bursts: dict[str, list[list[str]]] = {name: [] for name in cards}
-    cold: dict[str, list[str]] = {name: [] for name in cards}
-    for again in range(2):
-        for name, card in sorted(cards.items()):
-            first = await asker.alone(next(fresh), card.name)
-            if again and _loaded(live, first):  # the first load of all reads from a cold disk
-                cold[name].append(first)
-            single[name] += [await asker.alone(next(fresh), card.name) for _ in range(alone)]
-            bursts[name].append(await asker.together([next(fresh) for _ in range(BURST)], card.name))
-    while absent := [n for n in asking.absent(cards) if len(cold[n]) < loads]:
-        await asyncio.sleep(asking.residence_s)
-        name = min(absent, key=lambda n: (len(cold[n]), n))
-        cold[name].append(await asker.alone(next(fresh), cards[name].name))
-    pairs = await _asked_together(asking, fresh, cards)
-    beside_writing = await _loaded_beside(asking, fresh, cards)
-    await asyncio.sleep(2.0)
-    qos = {a.artifact: a for a in (await asking.qos()).artifacts}
-    device = asking.fleet.workers()[0].device
-    overhead_s = statistics.median(beside(live, i) for ids in single.values() for i in ids)
-    found = {}
-    for name, card in cards.items():
-        learned = cost.unit_costs(card.artifact, device, qos.get(name))
-        found[name] = _measured(live, card.artifact, learned, single[name], bursts[name], cold[name], overhead_s)
-    return found, Shared(_turn_cost(live, found, pairs), _load_beside(live, cold, beside_writing)), overhead_s
-
-
-async def _asked_together(asking: System, fresh: Iterator[str], cards: Mapping[str, m.Card]) -> list[list[str]]:
-    """Answers of two engines that were asked at once; none where no two artifacts are resident."""
-    asker = asking.asker
-    held = sorted(set(cards) - set(asking.absent(cards)), key=lambda name: cards[name].artifact.footprint_bytes)
-    pairs = []
-    for _ in range(PAIRS if len(held) > 1 else 0):
-        ids = [await asker.ask(next(fresh), cards[name].name) for name in held[:2]]
-        await asyncio.gather(*(asker.ended(i) for i in ids))
-        pairs.append(ids)
-    return pairs
-
-
-async def _loaded_beside(asking: System, fresh: Iterator[str], cards: Mapping[str, m.Card]) -> list[str]:
-    """Answers that waited for a load while another engine wrote all along; none where no two fit together."""
-    asker, found = asking.asker, list[str]()
-    size = {name: card.artifact.footprint_bytes for name, card in cards.items()}
-    budget = max(w.budget_bytes for w in asking.fleet.workers())
-    for _ in range(3 * BESIDE):
-        await asyncio.sleep(asking.residence_s)
-        absent = asking.absent(cards)
-        both = [(a, h) for a in absent for h in cards if h not in absent and size[a] + size[h] <= budget]
-        if both and len(found) < BESIDE:
-            coming, writing = min(both, key=lambda one: (size[one[0]] + size[one[1]], one))
-            found.append(await asker.ask(next(fresh), cards[coming].name))
-            waited = asyncio.create_task(asker.ended(found[-1]))
-            while not waited.done():
-                await asker.alone(next(fresh), cards[writing].name)
-            await waited
-        elif absent:
-            await asker.alone(next(fresh), cards[max(absent, key=lambda name: size[name])].name)
-    return found
-
-
-def _turn_cost(live: Live, found: Mapping[str, Measured], pairs: Sequence[Sequence[str]]) -> float:
-    grown = []
-    for ids in pairs:
-        steps = sum(found[live.answer[i]["artifact"]].unit.tpot_s for i in ids)
-        # The one that began to write last was not held up by the other's prompt.
-        last = max(ids, key=lambda i: live.at[i] + _began(live.answer[i]))
-        grown.append(_token_s(live.answer[last]) / steps)
-    return max(statistics.median(grown), 1.0) if grown else 1.0
-
-
-def _load_beside(live: Live, cold: Mapping[str, Sequence[str]], beside_writing: Sequence[str]) -> float:
-    def load_s(query_id: str) -> float:
-        return float(live.answer[query_id]["timings"]["load_s"])
-
-    usual = {name: statistics.median(map(load_s, ids)) for name, ids in cold.items() if ids}
-    grown = [load_s(i) / usual[a] for i in beside_writing if (a := live.answer[i]["artifact"]) in usual]
-    return max(statistics.median(grown) - 1.0, 0.0) if grown else 0.0
-
-
-def _loaded(live: Live, query_id: str) -> bool:
+def loaded(live: Live, query_id: str) -> bool:
+    """Whether an answer waited for its model."""
     return bool(live.answer[query_id]["timings"]["load_s"] > HIT_S)
 
 
@@ -282,77 +164,3 @@ def beside(live: Live, query_id: str) -> float:
 def read_tokens(answer: dict[str, Any]) -> int:
     """Tokens of the prompt that had to be read."""
     return int(answer["usage"]["tokens_in"] - answer["usage"].get("tokens_cached", 0))
-
-
-def _measured(
-    live: Live,
-    spec: m.ArtifactSpec,
-    learned: cost.UnitCosts,
-    single: list[str],
-    bursts: list[list[str]],
-    cold: list[str],
-    overhead_s: float,
-) -> Measured:
-    answers = [a for i in single if (a := live.answer[i])["usage"]["tokens_out"] > 1]
-    token_s = statistics.median(map(_token_s, answers))
-    # The first token comes out of reading: its step is counted with the others.
-    prefill_s = statistics.median((a["timings"]["prefill_s"] - token_s) / read_tokens(a) for a in answers)
-    alone = UnitCosts(
-        prefill_s=max(prefill_s, 1e-6), tpot_s=token_s, slope=0.0, load_s=learned.load_s,
-        prefill_j=learned.prefill_j, decode_j=learned.decode_j, load_j=learned.load_j, token_j=(0.0, learned.decode_j),
-    )  # fmt: skip
-    # All that a load adds to an answer: orders and evictions before it, pages not touched yet after it.
-    waits = [live.latency[i] - _alone_s(live.answer[i], alone) - overhead_s for i in cold]
-    if waits:
-        load_s = max(statistics.median(waits), 1e-3)
-        alone = replace(alone, load_s=load_s, load_j=learned.load_j * load_s / learned.load_s)
-    # Whoever began to write last wrote while nobody's prompt was read: that is what a batch costs.
-    last = [max((live.answer[i] for i in burst), key=_began) for burst in bursts]
-    batch = statistics.mean(_beside_last(live, burst) for burst in bursts)
-    slope = max(statistics.mean(map(_token_s, last)) / alone.tpot_s - 1.0, 0.0) / max(batch - 1.0, 1.0)
-    burst_s = statistics.mean(live.latency[i] for burst in bursts for i in burst)
-    low, high = 1.0, MOST_BESIDE
-    for _ in range(20):  # and what is left of the time is what reading costs beside others
-        middle = (low + high) / 2.0
-        tried = replace(alone, slope=slope, beside=middle)
-        took = statistics.mean(_simulated_burst(live, burst, spec, tried, overhead_s) for burst in bursts)
-        low, high = (middle, high) if took < burst_s else (low, middle)
-    return Measured(replace(alone, slope=slope, beside=(low + high) / 2.0), burst_s)
-
-
-def _alone_s(answer: dict[str, Any], unit: UnitCosts) -> float:
-    return float(read_tokens(answer) * unit.prefill_s + answer["usage"]["tokens_out"] * unit.tpot_s)
-
-
-def _token_s(answer: dict[str, Any]) -> float:
-    return float(answer["timings"]["decode_s"] / max(answer["usage"]["tokens_out"] - 1, 1))
-
-
-def _began(answer: dict[str, Any]) -> float:
-    t = answer["timings"]
-    return float(t["total_s"] - t["decode_s"])
-
-
-def _beside_last(live: Live, burst: list[str]) -> float:
-    """Sequences running while the last one wrote, on average, itself included: how far their ends overlap with it."""
-    spans = []
-    for i in burst:
-        t, at = live.answer[i]["timings"], live.at[i] - live.at[burst[0]]
-        spans.append((at + t["total_s"] - t["decode_s"], at + t["total_s"]))
-    begin, end = max(spans)
-    return float(sum(max(min(end, e) - max(begin, b), 0.0) for b, e in spans) / max(end - begin, 1e-9))
-
-
-def _simulated_burst(live: Live, ids: list[str], spec: m.ArtifactSpec, unit: UnitCosts, overhead_s: float) -> float:
-    """Mean latency of queries asked when these were, of this artifact alone: the slope is what makes it right."""
-    fleet = SimFleet(
-        "burst", (SimModel(name=spec.name, parameters_b=1.0, memory=1, slots=spec.slots),), ("worker",), (1,), (1,),
-        ((unit,),), np.ones((1, 1), bool), shared=True, overhead_s=overhead_s,
-    )  # fmt: skip
-    answers = [live.answer[i] for i in ids]
-    work = Workload(
-        np.array([live.at[i] - live.at[ids[0]] for i in ids]), np.arange(len(ids)),
-        np.array([float(read_tokens(a)) for a in answers]),
-        np.array([[float(a["usage"]["tokens_out"])] for a in answers]), np.zeros((len(ids), 1)),
-    )  # fmt: skip
-    return float(Simulation(fleet, work, Always(np.zeros(len(ids), int)), Fixed()).run().latency_s.mean())

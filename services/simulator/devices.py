@@ -26,7 +26,7 @@ class Devices:
         """[device] engines at work."""
         self._share = [1.0] * len(self._busy)
         """[device] by how much its engines slow each other down."""
-        self.loading: list[Engine | None] = [None] * workers
+        self.loading: list[list[Engine]] = [[] for _ in range(workers)]
         """[w] what is being loaded."""
         self._turn_cost, self._load_beside = fleet.turn_cost, fleet.load_beside
         self.changed: set[Engine] = set()
@@ -59,13 +59,12 @@ class Devices:
                     self.changed.add(engine)
         if self.turns:
             for mate in self._mates[worker]:
-                loaded = self.loading[mate]
-                if loaded is not None:
+                for loaded in self.loading[mate]:
                     self._pace_load(loaded, now)
 
     def begin_load(self, engine: Engine, now: float) -> None:
         """A load is under way from now on; it ends at `Engine.ready_at`."""
-        self.loading[engine.worker] = engine
+        self.loading[engine.worker].append(engine)
         engine.at, engine.step = now, 1.0
         self._pace_load(engine, now)
 
@@ -97,7 +96,7 @@ class Devices:
         own = engine.own_step()
         others, loading = 0.0, 0
         for mate in self._mates[engine.worker]:
-            loading += self.loading[mate] is not None
+            loading += bool(self.loading[mate])
             for other in self._engines[mate].values():
                 if other.n and other is not engine:
                     others += other.own_step()

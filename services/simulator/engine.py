@@ -70,6 +70,8 @@ class Simulation:
         self._memory = Memory(fleet, self.engines, self._devices, self._agenda)
         self.free, self.holders = self._memory.free, self._memory.holders
         self._told = Told(fleet, self.scoring, self._memory, self._devices, self.queue, self._swap_of(residency))
+        self._changed: Callable[[Simulation, float], None] | None = getattr(residency, "changed", None)
+        """Residency is told of loads and evictions that have ended, where it wants to know."""
         self._clock = clock
         self._cascades = getattr(router, "cascades", True)
         n = len(work)
@@ -339,6 +341,8 @@ class Simulation:
         self._told.model(engine.model, now)
         self._begin_loads(engine.worker)
         self.ask_for_unmet()
+        if self._changed is not None:
+            self._changed(self, now)
 
     def _leave(self, engine: Engine) -> None:
         model = engine.model
@@ -347,6 +351,8 @@ class Simulation:
             self.waiting_since[model] = self.now
         self._begin_loads(engine.worker)
         self.ask_for_unmet()
+        if self._changed is not None:
+            self._changed(self, self.now)
 
     def _result(self) -> Result:
         n, memory = len(self.work), self._memory

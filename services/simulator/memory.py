@@ -47,25 +47,24 @@ class Memory:
 
     def begin(self, worker: int, now: float) -> None:
         """Begin the first load that waits, if its memory is free: one at a time, for loads on a worker share its
-        drive."""
-        pending = self.pending[worker]
-        if not pending or self._devices.loading[worker] is not None:
-            return
-        model = pending[0]
-        if self._fleet.footprint_bytes[model] > self.free[worker] or model in self.engines[worker]:
-            return
-        pending.pop(0)
-        engine = self._engine(model, worker, now)
-        self._devices.begin_load(engine, now)
-        if self._devices.turns:
-            self._devices.retime(worker, None, now)
-        self.loads += 1
-        self.load_j += self._fleet.unit[model][worker].load_j
+        drive; all that there is memory for where engines take turns at a host's cores, for those read from memory."""
+        pending, devices = self.pending[worker], self._devices
+        while pending and (devices.turns or not devices.loading[worker]):
+            model = pending[0]
+            if self._fleet.footprint_bytes[model] > self.free[worker] or model in self.engines[worker]:
+                return
+            pending.pop(0)
+            engine = self._engine(model, worker, now)
+            devices.begin_load(engine, now)
+            if devices.turns:
+                devices.retime(worker, None, now)
+            self.loads += 1
+            self.load_j += self._fleet.unit[model][worker].load_j
 
     def loaded(self, engine: Engine, now: float) -> None:
         """A load has ended."""
         engine.state, engine.since, engine.used, engine.at = READY, now, now, now
-        self._devices.loading[engine.worker] = None
+        self._devices.loading[engine.worker].remove(engine)
         if self._devices.turns:
             self._devices.retime(engine.worker, None, now)
         self.coming[engine.model] -= 1

@@ -16,7 +16,7 @@ from services.planner.decide.demand import Demand, arrived, work_of
 from services.planner.decide.outlook import FORECAST_FROM, Outlook
 from services.planner.decide.rooms import Forecast, Pending
 from services.planner.decide.scoring import Weights
-from services.simulator.engine import DRAINING, LOADING, READY, Simulation, warm_start
+from services.simulator.engine import DRAINING, LOADING, READY, Engine, Simulation, warm_start
 from services.simulator.fleet import SimFleet
 from shared import messages as m
 from shared.utility import LN2
@@ -40,6 +40,8 @@ class Options:
     min_residence_s: float = 10.0
     max_wait_s: float = 60.0
     tick_s: float = 2.0
+    at_once: bool = False
+    """What was ordered makes for another plan at once, as a worker's report of it does live; else at the next tick."""
     foresight_s: float = 0.0
     """If not 0, the forecast is the queries that will come in this time: clairvoyant."""
 
@@ -73,7 +75,7 @@ class Planned:
 
     def __init__(
         self,
-        utilities: Callable[[int, int], Array],
+        utilities: Callable[[int, int], Array | None],
         load_cost: Sequence[float],
         arrival_s: Array,
         *,
@@ -85,7 +87,7 @@ class Planned:
     ) -> None:
         """
         Args:
-            utilities: (query, chosen model) -> [m] row for the outlook.
+            utilities: (query, chosen model) -> [m] row for the outlook; none of a query that has no choice.
             load_cost: [m] utility that a load costs by itself.
             arrival_s: [n], for the clairvoyant only.
             order: preference for the memory at the start.
@@ -139,7 +141,9 @@ class Planned:
         }
 
     def routed(self, sim: Simulation, i: int, model: int, now: float) -> None:
-        self._outlook.seen(now, self._utilities(i, model))
+        row = self._utilities(i, model)
+        if row is not None:
+            self._outlook.seen(now, row)
         name = sim.fleet.names[model]
         tokens_in, tokens_out = sim.scoring.service_tokens[model]
         unit = sim.planned_with[model][self._first[model]]
@@ -169,7 +173,8 @@ class Planned:
         if options.foresight_s:
             first, last = np.searchsorted(self._arrival_s, (now, now + options.foresight_s))
             picked = range(first, last, max(1, (last - first) // 512))
-            rows = [self._utilities(i, -1 if self._choices is None else int(self._choices[i])) for i in picked]
+            found = (self._utilities(i, -1 if self._choices is None else int(self._choices[i])) for i in picked)
+            rows = [row for row in found if row is not None]
             u = np.array(rows) if rows else np.zeros((0, sim.models))
             rates = np.full(len(u), (last - first) / max(len(u), 1) / options.foresight_s)
         else:
@@ -185,6 +190,21 @@ class Planned:
     def _pass(self, sim: Simulation, now: float) -> None:
         if self._acting:  # an eviction of this very pass asks again before its load has been given: it is coming
             return
+        for _ in range(sim.models if self.options.at_once else 1):
+            if not self._act(sim, now):
+                return
+
+    def changed(self, sim: Simulation, now: float) -> None:
+        """A load or an eviction has ended."""
+        if self.options.at_once:
+            self._pass(sim, now)
+
+    def _only_ordered(self, engine: Engine, now: float) -> bool:
+        """Its load begins this very moment: live, the planner would have no report of that yet."""
+        return self.options.at_once and engine.state == LOADING and engine.since == now
+
+    def _act(self, sim: Simulation, now: float) -> bool:
+        """One plan; whether it ordered anything."""
         fleet, policy = sim.fleet, self._policy
         workers, pending = [], []
         for w, name in enumerate(fleet.workers):
@@ -195,6 +215,7 @@ class Planned:
                     active=e.n, loaded_at=e.since, last_used_at=e.used,
                 )
                 for e in sim.engines[w].values()
+                if not self._only_ordered(e, now)
             ]  # fmt: skip
             workers.append(
                 m.WorkerState(
@@ -203,7 +224,11 @@ class Planned:
                 )
             )  # fmt: skip
             pending += [
-                Pending("load", name, fleet.names[model], fleet.footprint_bytes[model]) for model in sim.pending(w)
+                Pending("load", name, fleet.names[model], fleet.footprint_bytes[model])
+                for model in (
+                    *sim.pending(w),
+                    *(e.model for e in sim.engines[w].values() if self._only_ordered(e, now)),
+                )
             ]
         demand = {}
         for i, name in enumerate(fleet.names):
@@ -230,3 +255,4 @@ class Planned:
             else:
                 sim.load(model, worker)
         self._acting = False
+        return bool(plan.actions)

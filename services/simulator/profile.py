@@ -180,12 +180,23 @@ def load_profile(name_or_path: str | Path) -> Profile:
     if not path.suffix:
         path = PROFILES / f"{name_or_path}.toml"
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        text = path.read_text(encoding="utf-8")
     except OSError:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
         raise DataInvalid("There is no such profile.", f"Name a file, or one of: {known}.", path=str(path)) from None
+    return parse_profile(text, str(path))
+
+
+def parse_profile(text: str, path: str = "") -> Profile:
+    """A profile from its text; `path` is for the message.
+
+    Raises:
+        DataInvalid: it cannot be used.
+    """
+    try:
+        file = msgspec.convert(tomllib.loads(text), _File)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise DataInvalid(f"This is no profile: {error}.", "See profiles/h100.toml.", path=str(path)) from None
+        raise DataInvalid(f"This is no profile: {error}.", "See profiles/h100.toml.", path=path) from None
     return Profile(
         file.name, file.description, file.shared, file.overhead_s, file.turns, file.turn_cost, file.load_beside, file
     )

@@ -17,18 +17,20 @@ from services.planner.decide.routing import weights_of
 from services.planner.decide.scoring import Fleet, Weights, slope_of_penalty
 from services.simulator import telemetry
 from services.simulator.beliefs import Beliefs
-from services.simulator.engine import Residency, Result, Simulation, Workload
+from services.simulator.engine import Residency, Result, Router, Simulation, Workload
 from services.simulator.fleet import SimFleet, SimModel
 from services.simulator.planned import Options, Planned
 from services.simulator.profile import Profile, UnitCosts
 from services.simulator.residency import ON_DEMAND
-from services.simulator.routers import Scored
+from services.simulator.routers import Fixed, Scored
 from services.simulator.telemetry import Run
 from shared import messages as m
 from shared.errors import DataInvalid
 from shared.utility import LN2
 
 Array = NDArray[Any]
+TICK_S = 0.25
+"""Between the placement's plans while queries are under way, as live."""
 UNUSABLE = -10.0
 """Utility in the outlook of an artifact that a query could not have gone to."""
 
@@ -244,8 +246,9 @@ def _predicted(ordered: Sequence[Answered], column: Mapping[str, int]) -> tuple[
     return found, quality[kept], tokens[kept], counted[kept]
 
 
-def simulate(recorded: Recorded, residency: str = "planned") -> Result:
-    """What would have happened. `residency` is `planned` (the planner's), `lru`, `lfu` or `gdsf`.
+def simulate(recorded: Recorded, residency: str = "planned", choices: Sequence[int] | None = None) -> Result:
+    """What would have happened. `residency` is `planned` (the planner's), `lru`, `lfu` or `gdsf`; `choices`: [n]
+    artifacts that answered, in place of routing.
 
     Scores of the result are predicted quality: nobody has judged answers that were not given.
 
@@ -262,7 +265,9 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
             r.work.arrival_s,
             order=(),
             second_cost=policy.w_latency * slope_of_penalty(policy.latency_slo_s),
-            options=Options(min_residence_s=policy.min_residence_s, max_wait_s=policy.max_wait_s, tick_s=0.5),
+            options=Options(
+                min_residence_s=policy.min_residence_s, max_wait_s=policy.max_wait_s, tick_s=TICK_S, at_once=True
+            ),
             before=_before(r),
         )
     elif residency in ON_DEMAND:
@@ -271,7 +276,11 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
         raise DataInvalid(
             f"There is no residency policy {residency!r}.", f"Use planned, {', '.join(sorted(ON_DEMAND))}."
         )
-    router = Scored(r.quality, r.tokens_in, r.tokens_out, policy if own is None else own)
+    router: Router = (
+        Scored(r.quality, r.tokens_in, r.tokens_out, policy if own is None else own)
+        if choices is None
+        else Fixed(np.array(choices, np.int64))
+    )
     simulation = Simulation(r.fleet, r.work, router, keeper, beliefs=r.beliefs() if r.beliefs else None)
     for worker, models in enumerate(r.resident):
         for model in models:
@@ -279,9 +288,11 @@ def simulate(recorded: Recorded, residency: str = "planned") -> Result:
     return simulation.run()
 
 
-def _warm_row(r: Recorded, scoring: Fleet, weights: Weights, i: int) -> Array:
+def _warm_row(r: Recorded, scoring: Fleet, weights: Weights, i: int) -> Array | None:
     """[artifacts] for the outlook, as `outlook.warm_row` makes it live: what each would be worth, were it resident and
-    free, at the batch that it has now."""
+    free, at the batch that it has now. None when the query left no choice."""
+    if np.isfinite(r.quality[i]).sum() < 2:
+        return None
     worker = np.argmax(r.fleet.fits, axis=1)
     rows = np.arange(len(worker))
     costs, tokens_in, tokens_out = scoring.costs, float(r.tokens_in[i]), r.tokens_out[i]

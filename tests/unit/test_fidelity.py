@@ -16,7 +16,7 @@ from services.simulator import recorded
 from services.simulator.beliefs import ANSWERS, Beliefs
 from services.simulator.engine import Simulation, Workload
 from services.simulator.fleet import SimFleet, SimModel
-from services.simulator.profile import UnitCosts, load_profile
+from services.simulator.profile import UnitCosts, load_profile, parse_profile
 from services.simulator.recorded import Answered
 from services.simulator.residency import Fixed
 from services.simulator.routers import Fixed as Always
@@ -134,6 +134,50 @@ def test_a_replay_learns_from_what_it_sees_and_knows_what_was_before() -> None:
     assert learned[0] == 0, "what is believed to be quick is asked first"
     assert (learned[10:] == 1).all(), "and left when it is not"
     assert (learned == 1).sum() > (frozen == 1).sum()
+    assert recorded.simulate(built, choices=[1, 0] * 15).model.tolist() == [1, 0] * 15
+
+
+def test_loads_of_a_host_run_side_by_side_and_those_of_a_drive_in_turn() -> None:
+    """Weights come from memory on a host whose engines take turns at its cores: two loads ordered together take as long
+    as one. Elsewhere the second waits for the first."""
+    host, drive = _host(), replace(_host(), turns=False)
+    side_by_side, in_turn = (_latencies(fleet, [0.0, 0.0], [0, 1], ()) for fleet in (host, drive))
+    assert max(side_by_side) < 2.0 + 2.5, "a load of 2 s, and two answers of a second that take turns"
+    assert max(in_turn) > 4.0
+
+
+def test_queries_without_a_choice_keep_no_model_in_memory() -> None:
+    """30 queries name one model and then one names the other: nothing says that the first is worth more to queries that
+    can choose, so that the second is loaded as soon as the first is idle, long before patience ends."""
+    specs = [spec(name, weights=GB // 3) for name in ("one", "two")]
+    cards = {c.name: c for c in (card(f"card-{s.name}", s, domains={"d": 0.5}, quality=0.5) for s in specs)}
+    policy = m.Policy(fleet="f", w_energy=0.0, min_residence_s=1.0, max_wait_s=60.0, idle_evict_s=0.0)
+    fleet = [worker(budget=specs[0].footprint_bytes + 1, engines=[engine(specs[0])])]
+    known = [
+        m.ArtifactQos(
+            artifact=s.name, device_class=fleet[0].device.device_class, count=3, prefill_s_per_token=1e-3,
+            tpot_s=0.01, load_s=1.0, loads=1,
+        )
+        for s in specs
+    ]  # fmt: skip
+    state = State(cards=cards, policy=policy, workers=fleet, qos=m.Qos(artifacts=known))
+    named = [
+        routing.decide(analyzed(m.Query(prompt="hi", model=name), domains={"d": 1.0}), state, 0.0) for name in cards
+    ]
+    answered = [Answered(1.0 * i, named[0], 20, 20) for i in range(30)] + [Answered(40.0, named[1], 20, 20)]
+    text = """
+name = "made"
+turns = true
+[artifacts]
+""" + "\n".join(
+        f"{name} = {{prefill_s = 0.001, tpot_s = 0.01, slope = 0.1, load_s = 1.0, "
+        "prefill_j = 0, decode_j = 0, load_j = 0}"
+        for name in ("one", "two")
+    )
+    built = recorded.build(answered, cards, fleet, m.Qos(artifacts=known), policy, 0.0, parse_profile(text))
+    result = recorded.simulate(built)
+    assert result.model.tolist() == [0] * 30 + [1]
+    assert result.latency_s[-1] < 3.0
 
 
 def test_what_other_models_say_of_a_query_makes_an_estimate_better() -> None:
