@@ -30,7 +30,7 @@ def _work_queue(name: str, pattern: str, **more: float) -> StreamConfig:
 
 STREAMS: tuple[StreamConfig, ...] = (
     _work_queue(subjects.STREAM_QUERIES, "calm.queries.>"),
-    _work_queue(subjects.STREAM_WORK, "calm.work.>"),
+    _work_queue(subjects.STREAM_WORK, subjects.ALL_WORK),
     StreamConfig(
         name=subjects.STREAM_COMMANDS,
         subjects=["calm.command.>"],
@@ -88,3 +88,17 @@ async def ensure(js: JetStreamContext) -> None:
             await js.update_stream(config)
     for bucket in BUCKETS:
         await js.create_key_value(bucket)
+
+
+async def queued(js: JetStreamContext) -> dict[str, int]:
+    """Queries dispatched and not yet done, by artifact, from the work queue itself: what is acknowledged is gone.
+
+    Raises:
+        TimeoutError, nats.errors.Error: the broker is away.
+    """
+    info = await js.stream_info(subjects.STREAM_WORK, subjects_filter=subjects.ALL_WORK)
+    counts: dict[str, int] = {}
+    for subject, count in (info.state.subjects or {}).items():
+        artifact = subjects.artifact_of_work(subject)
+        counts[artifact] = counts.get(artifact, 0) + count
+    return counts

@@ -50,6 +50,8 @@ DONE_TO_INBOX = (f"calm.done.*.{INBOXES}.>", f"{INBOXES}.>")
 """What stream `CALM_DONE` republishes, and where: only what it has stored, which is the first end of a query."""
 _ELSEWHERE = "end"
 
+ALL_WORK = "calm.work.>"
+
 PRIORITIES: tuple[Literal["hi", "lo"], ...] = ("hi", "lo")
 
 

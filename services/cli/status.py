@@ -12,7 +12,7 @@ import nats.errors
 from nats.aio.msg import Msg
 
 from services.cli import policy
-from shared import codec, subjects
+from shared import codec, streams, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
@@ -72,10 +72,7 @@ async def take(bus: Bus) -> Snapshot:
             setattr(snapshot, name, reply)
     with contextlib.suppress(CalmError):
         snapshot.control = await _control(bus)
-    info = await bus.js.stream_info(subjects.STREAM_WORK, subjects_filter="calm.work.>")
-    for subject, count in (info.state.subjects or {}).items():
-        artifact = subjects.artifact_of_work(subject)
-        snapshot.queues[artifact] = snapshot.queues.get(artifact, 0) + count
+    snapshot.queues = await streams.queued(bus.js)
     await asyncio.sleep(LISTEN_S)  # every service that lives has spoken by then
     snapshot.services = [beats[key] for key in sorted(beats)]
     snapshot.workers = fleet.workers()

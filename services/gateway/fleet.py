@@ -11,7 +11,7 @@ import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 
-from shared import codec, subjects
+from shared import codec, streams, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
@@ -130,15 +130,10 @@ class Fleet:
             return None
 
     async def _queues(self) -> dict[str, int]:
-        queues: dict[str, int] = {}
         try:
-            info = await self._bus.js.stream_info(subjects.STREAM_WORK, subjects_filter="calm.work.>")
+            return await streams.queued(self._bus.js)
         except (TimeoutError, OSError, nats.errors.Error):
-            return queues
-        for subject, count in (info.state.subjects or {}).items():
-            artifact = subjects.artifact_of_work(subject)
-            queues[artifact] = queues.get(artifact, 0) + count
-        return queues
+            return {}
 
     async def _on_beat(self, message: Msg) -> None:
         try:

@@ -18,7 +18,7 @@ from services.planner.decide.rooms import Forecast
 from services.planner.decide.routing import State
 from services.planner.decide.scoring import slope_of_penalty
 from services.planner.decide.standing import Standings
-from shared import codec, subjects
+from shared import codec, streams, subjects
 from shared import messages as m
 from shared.bus import Bus
 from shared.errors import CalmError
@@ -187,15 +187,11 @@ class Knowledge:
         return card is not None and self.covered(card.artifact.name)
 
     async def count_queues(self) -> None:
-        """Read how many queries each artifact has, from the work queue itself (acknowledged means gone)."""
+        """Read how many queries each artifact has."""
         try:
-            info = await self._bus.js.stream_info(subjects.STREAM_WORK, subjects_filter="calm.work.>")
+            counts = await streams.queued(self._bus.js)
         except (TimeoutError, nats.errors.Error):
             return  # the broker is away; the next count will tell
-        counts: dict[str, int] = {}
-        for subject, count in (info.state.subjects or {}).items():
-            artifact = subjects.artifact_of_work(subject)
-            counts[artifact] = counts.get(artifact, 0) + count
         now = self._clock()
         for artifact in {*counts, *self.demand}:
             old = self.demand.get(artifact, Demand())
