@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar, cast
@@ -18,10 +17,10 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 
-from shared import codec, streams, subjects, tasks
+from shared import access, codec, streams, subjects, tasks
 from shared import messages as m
 from shared.durable import Ack, Durable
-from shared.errors import BusUnavailable, Overloaded, SettingsInvalid
+from shared.errors import BusUnavailable, Overloaded
 from shared.settings import Settings
 
 T = TypeVar("T")
@@ -68,7 +67,7 @@ class Bus:
             nonlocal waiting
             if log and not nc.is_connected and not waiting:
                 waiting = True
-                log.warning("waiting_for_broker", url=_without_password(settings.nats_url), error=str(error))
+                log.warning("waiting_for_broker", url=access.without_password(settings.nats_url), error=str(error))
             elif log and nc.is_connected:
                 log.warning("bus_error", error=str(error) or type(error).__name__)
 
@@ -82,7 +81,7 @@ class Bus:
             for callback in bus._on_reconnect:
                 callback()
 
-        options = _secured(settings)
+        options = access.options(settings)
         try:
             await nc.connect(
                 servers=[url.strip() for url in settings.nats_url.split(",")],
@@ -101,10 +100,10 @@ class Bus:
             # Refused half way: the library leaves the connection open, and its `close` waits for ever.
             if nc._transport is not None:
                 nc._transport.close()  # type: ignore[no-untyped-call]
-            raise _unavailable(settings, error) from None
+            raise access.unavailable(settings, error) from None
         if settings.encrypted and nc._server_info.get("tls_required") is not True:
             await nc.close()
-            url = _without_password(settings.nats_url)
+            url = access.without_password(settings.nats_url)
             raise BusUnavailable(
                 f"`tls://` was asked for, and the NATS server at {url} does not encrypt.",
                 "Give the server a `tls` section (docs/security.md), or write `nats://` in CALM_NATS_URL.",
@@ -305,45 +304,3 @@ class Bus:
 
     async def kv_put(self, bucket: str, key: str, message: msgspec.Struct) -> None:
         await self._durable.publish(subjects.kv(bucket, key), codec.pack(message), {})
-
-
-def _secured(settings: Settings) -> dict[str, Any]:
-    """What the connection is to be secured with.
-
-    Raises:
-        SettingsInvalid: a file that was named cannot be used.
-    """
-    options: dict[str, Any] = {"user_credentials": settings.nats_creds} if settings.nats_creds else {}
-    if not (settings.encrypted or settings.nats_ca or settings.nats_cert):
-        return options
-    try:
-        options["tls"] = ssl.create_default_context(cafile=settings.nats_ca or None)
-        if settings.nats_cert:
-            options["tls"].load_cert_chain(settings.nats_cert, settings.nats_key or None)
-    except OSError as error:  # of which ssl's own errors are a kind
-        names = "CALM_NATS_CA, CALM_NATS_CERT or CALM_NATS_KEY"
-        raise SettingsInvalid(
-            f"{names} cannot be used: {error}.", "Name readable PEM files: an authority, a certificate, and its key."
-        ) from None
-    return options
-
-
-def _unavailable(settings: Settings, error: Exception) -> BusUnavailable:
-    url, said = _without_password(settings.nats_url), str(error) or type(error).__name__
-    if "authorization" in said.lower():
-        return BusUnavailable(
-            f"The NATS server at {url} refuses this user ({said}).",
-            "Set CALM_NATS_URL=nats://USER:PASSWORD@HOST:4222, or CALM_NATS_CREDS.",
-        )
-    if isinstance(error, ssl.SSLError):
-        return BusUnavailable(
-            f"The certificate of the NATS server at {url} is not trusted ({said}).",
-            "Set CALM_NATS_CA to the authority that signed it.",
-        )
-    return BusUnavailable(
-        f"No NATS server answers at {url} ({said}).", "Start the system with `calm up`, or set CALM_NATS_URL."
-    )
-
-
-def _without_password(url: str) -> str:
-    return url.rsplit("@", maxsplit=1)[-1] if "@" in url else url
