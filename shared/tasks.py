@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from shared.processes import yield_to_others
 T = TypeVar("T")
 
 _AGAIN_S = 0.2
+_TOGETHER_S = 0.02
 
 
 async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
@@ -28,6 +30,16 @@ async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
         for task in finished:
             if not task.cancelled():
                 task.exception()  # seen, so that it is not reported as never retrieved
+
+
+async def changed(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait until the event is set, `timeout_s` at most, and a moment more, so that several changes at once become one;
+    then clear it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+            await asyncio.sleep(_TOGETHER_S)
+    event.clear()
 
 
 async def in_background(work: Callable[[], T]) -> T:

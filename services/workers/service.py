@@ -172,11 +172,7 @@ class Worker:
 
     async def _keep_stock(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(stock.AGAIN_S if self._lacks else stock.SELDOM_S):
-                    await self._looking.wait()
-                    await asyncio.sleep(0.02)  # a fleet comes card by card
-            self._looking.clear()
+            await tasks.changed(self._looking, stock.AGAIN_S if self._lacks else stock.SELDOM_S)
             await self._take_stock()
 
     async def _publish(self) -> None:
@@ -188,11 +184,7 @@ class Worker:
     async def _keep_registered(self) -> None:
         while True:
             await self._publish()
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._changed.wait()
-                    await asyncio.sleep(0.02)  # several changes at once become one message
+            await tasks.changed(self._changed, 1.0)
 
     # --- operations ---
 

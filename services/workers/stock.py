@@ -26,4 +26,4 @@ def _has(store: ModelStore, spec: m.ArtifactSpec, device: m.Device) -> bool:
         variant_for(store.get(spec.model), spec.variant, device)
     except CalmError:
         return False
-    return all((store.path(name) / "lora" / lora.FILE).is_file() for name in spec.adapters)
+    return all(lora.stored(store.path(name)).is_file() for name in spec.adapters)

@@ -27,6 +27,8 @@ Floats = NDArray[np.float32]
 
 SITES = ("qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 FILE = "adapter.safetensors"
+FOLDER = "lora"
+"""Of an adapter's folder in the model store; that of its one variant."""
 _PEFT = re.compile(
     r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight"
 )
@@ -86,6 +88,11 @@ def write(adapter: Mapping[str, Pair], file: Path) -> None:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             out.write(np.ascontiguousarray(tensor, "<f4").tobytes())
+
+
+def stored(folder: Path) -> Path:
+    """The file of the adapter that has `folder` in the model store."""
+    return folder / FOLDER / FILE
 
 
 def load(file: Path) -> Adapter:

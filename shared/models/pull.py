@@ -20,7 +20,7 @@ from shared.models.manifest import Manifest
 from shared.models.onnx_graph import CONVERTER
 from shared.models.store import ModelStore
 
-ADAPTER = "lora"
+ADAPTER = lora.FOLDER
 """The one variant of an adapter."""
 KEPT_SOURCE = "source.gguf"
 """The GGUF stays in the model's folder, so that a further variant needs no download."""

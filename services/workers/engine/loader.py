@@ -214,7 +214,7 @@ def _stack(store: Path, spec: ArtifactSpec, variant: Variant) -> Stack:
             f"{spec.model} {spec.variant} is a ready graph, which takes no adapters.",
             "Adapters need a model imported from GGUF or safetensors.",
         )
-    missing = [name for name in spec.adapters if not (store / name / "lora" / lora.FILE).is_file()]
+    missing = [name for name in spec.adapters if not lora.stored(store / name).is_file()]
     if missing:
         raise ModelMissing(f"The adapter {missing[0]!r} is not in the store.", "Pull it with `calm models pull`.")
-    return Stack({name: lora.load(store / name / "lora" / lora.FILE) for name in spec.adapters})
+    return Stack({name: lora.load(lora.stored(store / name)) for name in spec.adapters})
