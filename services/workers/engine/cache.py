@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import warnings
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from services.workers.engine.schedule import Copy, Move, Release, Swap
-from services.workers.engine.session import cuda_options
-from shared.errors import DeviceUnavailable
+from services.workers.engine.session import open_session
 from shared.messages import Device
 
 Shape = tuple[int, int, int]
@@ -142,11 +141,7 @@ def _maker(dtype: type[np.generic], device: Device) -> ort.InferenceSession:
 def _session(
     op: str, name: str, takes: type[np.generic], gives: type[np.generic], device: Device, **attributes: NDArray[Any]
 ) -> ort.InferenceSession:
-    """A graph of one operator, from the vector `name` to `y`.
-
-    Raises:
-        DeviceUnavailable: CUDA was asked for, and ONNX Runtime fell back to the CPU.
-    """
+    """A graph of one operator, from the vector `name` to `y`. Raises what `open_session` does."""
     from onnx import helper, numpy_helper  # noqa: PLC0415 20 MB of memory, for devices alone
 
     kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in (takes, gives)]
@@ -154,16 +149,4 @@ def _session(
     tensors = {key: numpy_helper.from_array(value) for key, value in attributes.items()}
     graph = helper.make_graph([helper.make_node(op, [name], ["y"], **tensors)], op, [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    provider: Any = ("CUDAExecutionProvider", cuda_options(device))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a missing provider: told as an error below
-        session = ort.InferenceSession(
-            model.SerializeToString(),
-            providers=[provider] if device.kind == "cuda" else ["CPUExecutionProvider"],
-        )
-    if device.kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise DeviceUnavailable(
-            f"CUDA device {device.index} was asked for, and ONNX Runtime would keep the KV cache on the CPU.",
-            "Install the [gpu] extra with matching CUDA libraries, or set CALM_DEVICE=cpu.",
-        )
-    return session
+    return open_session(Path(op), device, 1, graph=model.SerializeToString())
