@@ -6,6 +6,7 @@ import asyncio
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -148,22 +149,22 @@ def costs(live: Live, asked: Calibration, cards: Mapping[str, m.Card]) -> Costs:
     return Costs(found, turn_cost, load_beside, overhead_s)
 
 
-def as_toml(found: Costs, description: str) -> str:
+def as_toml(found: Costs, name: str, description: str) -> str:
     """A measured profile."""
     lines = [
-        f"# Measured by `python -m bench.fidelity measure`: {description}.",
+        f"# Measured by `python -m bench.fidelity measure` on {datetime.now().astimezone():%Y-%m-%d}: {description}.",
         "# Each artifact alone; a load is all that waiting for it adds to an answer, with weights in the page cache.",
         "# Joules are of stated powers.",
-        'name = "cpu"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
+        f'name = "{name}"', f'description = "{description}, embedded fleet"', "shared = true", "turns = true",
         f"turn_cost = {found.turn_cost:.4g}", f"load_beside = {found.load_beside:.4g}",
         f"overhead_s = {found.overhead_s:.4g}", "",
     ]  # fmt: skip
-    for name, one in sorted(found.artifacts.items()):
+    for artifact, one in sorted(found.artifacts.items()):
         figures = {
             key: getattr(one.unit, key)
             for key in ("prefill_s", "beside", "tpot_s", "slope", "load_s", "prefill_j", "decode_j", "load_j")
         }
-        lines += [f'[artifacts."{name}"]', *(f"{key} = {value:.5g}" for key, value in figures.items()), ""]
+        lines += [f'[artifacts."{artifact}"]', *(f"{key} = {value:.5g}" for key, value in figures.items()), ""]
     return "\n".join(lines)
 
 

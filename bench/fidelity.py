@@ -129,7 +129,7 @@ def profile_of(name: str, calibration: Calibration | None, live: Live, cards: di
     """The profile named, else that of the calibration."""
     if name or calibration is None:
         return load_profile(name or "cpu")
-    return parse_profile(as_toml(costs(live, calibration, cards), "as calibrated"))
+    return parse_profile(as_toml(costs(live, calibration, cards), "calibrated", "as calibrated"))
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ async def make_profile(arguments: argparse.Namespace, prompts: list[str]) -> Non
         others = used().others(began)
         found = costs(asking.asker.live, asked, asking.models.cards)
         device = asking.fleet.workers()[0].device
-    arguments.write.write_text(as_toml(found, f"{device.name}, {device.threads} threads an engine"), encoding="utf-8")
+    text = as_toml(found, arguments.write.stem, f"{device.name}, {device.threads} threads an engine")
+    arguments.write.write_text(text, encoding="utf-8")
     rows = [
         [name, 1e3 * x.unit.prefill_s, x.unit.beside, 1e3 * x.unit.tpot_s, x.unit.slope, x.unit.load_s, x.burst_s]
         for name, x in found.artifacts.items()

@@ -159,12 +159,12 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         taken = await turns(asks, arguments.rounds)
     figures = {way: {name: percentiles(values) for name, values in of.items()} for way, of in taken.items()}
-    added = {way: {name: _added(of[name], taken["NATS"][name]) for name in of} for way, of in taken.items()}
+    added = {way: {name: added_by(of[name], taken["NATS"][name]) for name in of} for way, of in taken.items()}
     return {"benchmark": "http", "machine": machine(), "rounds": arguments.rounds, "figures": figures, "added": added}
 
 
-def _added(values: list[float], base: list[float]) -> list[float]:
-    """Quartiles of what each round took longer than the same round over NATS."""
+def added_by(values: list[float], base: list[float]) -> list[float]:
+    """Quartiles of what each round took longer than the same round over NATS, in seconds."""
     return quantiles((value - other for value, other in zip(values, base, strict=True)), n=4)
 
 
@@ -186,12 +186,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--fleet", default="embedded")
     parser.add_argument("--model", default="smollm2", help="a card; with routing both ways would have other models")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     result = run_loop(run(arguments))
     show(result)
-    if arguments.output:
-        write_json(arguments.output, result)
+    if arguments.json:
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import nats
 from aiohttp import ClientSession, TCPConnector
 from nats.aio.msg import Msg
 
-from bench.http import Ask, OverHttp, OverNats, address
+from bench.http import Ask, OverHttp, OverNats, added_by, address
 from bench.report import machine, percentiles, print_machine, print_table, write_json
 from shared import codec, subjects
 from shared import messages as m
@@ -137,9 +136,8 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
                  for way, ask in asks.items()}  # fmt: skip
         await nc.close()
     added = {
-        what: quantiles((h - n for h, n in zip(taken[f"HTTP, {what}"], taken[f"NATS, {what}"], strict=True)), n=4)
-        for what in ("whole", "first text")
-    }
+        what: added_by(taken[f"HTTP, {what}"], taken[f"NATS, {what}"]) for what in ("whole", "first text")
+    }  # fmt: skip
     return {
         "benchmark": "http_echo", "machine": machine(), "rounds": arguments.rounds, "in_flight": arguments.in_flight,
         "figures": {name: percentiles(values) for name, values in taken.items()}, "added": added, "rates": rates,
@@ -161,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--in-flight", type=int, default=64)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--play", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.play:
@@ -169,8 +167,8 @@ def main() -> None:
         return
     result = run_loop(run(arguments))
     show(result)
-    if arguments.output:
-        write_json(arguments.output, result)
+    if arguments.json:
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_a_calibration_leaves_out_what_others_put_on_it() -> None:
     assert unit.load_j == pytest.approx(3.0 * unit.load_s / 2.0)
     assert 0.1 < unit.slope < 0.25, "the quicker burst: six together take twice as long as one"
     assert found.overhead_s == pytest.approx(0.005)
-    profile = parse_profile(as_toml(found, "made"))
+    profile = parse_profile(as_toml(found, "made", "made"))
     assert alone_s(profile, name, 100, 11) == pytest.approx(0.21)
     with pytest.raises(DataInvalid, match="no profile"):
         parse_profile("name = 3")
