@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession
@@ -32,23 +29,37 @@ async def test_a_client_that_leaves_cancels_its_query(system: System, http: Clie
     on, and the client may come back for its answer."""
     await system.add_worker("w1")
     await web.ready(http)
-    async with http.post(web.CHAT, json=web.LONG) as response:
-        query_id = response.headers["x-request-id"]
-        async for _ in web.events(response):
-            break
-        response.close()
-    assert (await web.ended(system, query_id))["done"]["failure"]["code"] == "cancelled"
-
-    taken: asyncio.Queue[str] = asyncio.Queue()
+    assert (await web.chat(http, model="plain"))[0] == 200
+    accepted: asyncio.Queue[str] = asyncio.Queue()
+    cancelled: asyncio.Queue[str] = asyncio.Queue()
 
     async def on_accepted(message: Msg) -> None:
-        taken.put_nowait(codec.unpack(message.data, m.Accepted).query_id)
+        accepted.put_nowait(codec.unpack(message.data, m.Accepted).query_id)
+
+    async def on_cancel(message: Msg) -> None:
+        cancelled.put_nowait(message.subject.rpartition(".")[2])
+
+    async def cancelling(query_id: str) -> None:
+        while await cancelled.get() != query_id:  # the executor says it again, of the one before
+            pass
+
+    await system.bus.subscribe(subjects.cancel("*"), on_cancel)
+    async with web.halted(system, http, "w1") as (response, _, _, engines):  # it cannot end before its client has left
+        query_id = response.headers["x-request-id"]
+        response.close()
+        async with asyncio.timeout(20):
+            await cancelling(query_id)
+        web.go_on(engines)
+    assert (await web.ended(system, query_id))["done"]["failure"]["code"] == "cancelled"
 
     await system.bus.subscribe(subjects.NEW, on_accepted)
+    engines = await web.freeze(system, "w1")
     waiting = asyncio.create_task(http.post(web.CHAT, json={**web.LONG, "stream": False}))
     async with asyncio.timeout(20):
-        query_id = await taken.get()
-    waiting.cancel()
+        query_id = await accepted.get()
+        waiting.cancel()
+        await cancelling(query_id)
+    web.go_on(engines)
     assert (await web.ended(system, query_id))["done"]["failure"]["code"] == "cancelled"
 
     own = {**web.LONG, "max_tokens": 40, "calm": {"id": "mine"}}
@@ -72,8 +83,7 @@ async def test_a_deadline_that_passes_is_a_time_out(system: System, http: Client
         error = (await response.json())["error"]
         assert (response.status, error["code"], error["type"]) == (504, "deadline_expired", "timeout_error")
         assert response.headers["x-should-retry"] == "false"
-    for pid in frozen:
-        os.kill(pid, signal.SIGCONT)
+    web.go_on(frozen)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
@@ -85,14 +95,10 @@ async def test_a_worker_that_is_lost_in_a_stream_goes_unnoticed_or_ends_it_with_
     first = await system.add_worker("w1")
     await web.ready(http)
     assert (await web.chat(http, model="plain"))[0] == 200
-    told: list[dict[str, Any] | str] = []
-    async with http.post(web.CHAT, json={**web.LONG, "temperature": temperature}) as response:
-        async for event in web.events(response):
-            if not told:
-                assert await web.freeze(system, "w1")
-                await first.kill()
-                await system.add_worker("w2")
-            told.append(event)
+    async with web.halted(system, http, "w1", temperature=temperature) as (response, stream, told, _):
+        await first.kill()
+        await system.add_worker("w2")
+        told += [event async for event in stream]
     last, end = told[-2:]
     if temperature:
         assert isinstance(end, dict)
@@ -125,20 +131,14 @@ async def test_it_lets_clients_have_their_answers_before_it_leaves(system: Syste
         assert await leaving == 0, gateway.log.read_text()[-3000:]
     async with web.front(system, CALM_DRAIN_S="0.2") as (gateway, http):
         await web.ready(http)
-        async with http.post(web.CHAT, json=web.LONG) as response:
-            leaving, told = None, []
-            async for event in web.events(response):
-                if leaving is None:
-                    frozen = await web.freeze(system, "w1")
-                    leaving = asyncio.create_task(gateway.stop())
-                told.append(event)
+        async with web.halted(system, http, "w1") as (response, stream, told, frozen):
+            leaving = asyncio.create_task(gateway.stop())
+            told += [event async for event in stream]
         assert isinstance(told[-1], dict)
         assert told[-1]["error"]["code"] == "not_ready"
-        assert leaving is not None
         assert await leaving == 0
         assert "Traceback" not in gateway.log.read_text()
-    for pid in frozen:
-        os.kill(pid, signal.SIGCONT)
+    web.go_on(frozen)
     record = await web.ended(system, response.headers["x-request-id"])
     assert record["done"]["failure"]["code"] == "cancelled"
 

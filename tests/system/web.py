@@ -97,3 +97,32 @@ async def freeze(system: System, worker: str) -> list[int]:
     for pid in found:
         os.kill(pid, signal.SIGSTOP)
     return found
+
+
+def go_on(engines: list[int]) -> None:
+    """Let stopped engines go on."""
+    for pid in engines:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def halted(
+    system: System, http: ClientSession, worker: str, **more: Any
+) -> AsyncIterator[tuple[ClientResponse, AsyncIterator[dict[str, Any] | str], list[dict[str, Any] | str], list[int]]]:
+    """A long answer whose worker's engines have been stopped in its middle: the response, the events to come, those
+    that came, and the engines. An answer may have ended by then (what is drawn by chance ends by chance): then another
+    is asked for."""
+    engines = await engines_of(worker, system.bus)
+    assert engines
+    async with contextlib.AsyncExitStack() as asked:
+        for _ in range(50):
+            response = await asked.enter_async_context(http.post(CHAT, json={**LONG, **more}))
+            stream = events(response)
+            told = [await anext(stream)]
+            for pid in engines:
+                os.kill(pid, signal.SIGSTOP)
+            if await system.bus.claimed(response.headers["x-request-id"]) is None:
+                yield response, stream, told, engines
+                return
+            go_on(engines)
+        raise AssertionError("every answer had ended before its worker was stopped")
